@@ -1,0 +1,81 @@
+"""Loadstone: an open language model answering from Python, on the machine you have, in the memory you allow.
+
+Importing it is quick: torch and the rest come in when a name that needs them is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ConfigManager, GenerationConfig
+    from .engine import Chunk, GenerationResult, Stream
+    from .errors import (
+        CheckpointError,
+        ConfigurationError,
+        GenerationError,
+        LoadstoneError,
+        ModelLoadError,
+        ModelNotLoadedError,
+        ResourceError,
+        SourceError,
+        TransientSourceError,
+        handle_exceptions,
+    )
+    from .hardware import Device, DeviceManager, get_device_manager
+    from .manager import ModelManager, get_model_manager, load_qwen_model
+    from .retry import retry_on_exception
+    from .telemetry import Event, subscribe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConfigManager": "config", "GenerationConfig": "config",
+    "Chunk": "engine", "GenerationResult": "engine", "Stream": "engine",
+    "CheckpointError": "errors", "ConfigurationError": "errors", "GenerationError": "errors",
+    "LoadstoneError": "errors", "ModelLoadError": "errors", "ModelNotLoadedError": "errors",
+    "ResourceError": "errors", "SourceError": "errors", "TransientSourceError": "errors",
+    "handle_exceptions": "errors",
+    "Device": "hardware", "DeviceManager": "hardware", "get_device_manager": "hardware",
+    "ModelManager": "manager", "get_model_manager": "manager", "load_qwen_model": "manager",
+    "retry_on_exception": "retry",
+    "Event": "telemetry", "subscribe": "telemetry",
+}  # fmt: skip
+
+__all__ = [
+    "CheckpointError",
+    "Chunk",
+    "ConfigManager",
+    "ConfigurationError",
+    "Device",
+    "DeviceManager",
+    "Event",
+    "GenerationConfig",
+    "GenerationError",
+    "GenerationResult",
+    "LoadstoneError",
+    "ModelLoadError",
+    "ModelManager",
+    "ModelNotLoadedError",
+    "ResourceError",
+    "SourceError",
+    "Stream",
+    "TransientSourceError",
+    "get_device_manager",
+    "get_model_manager",
+    "handle_exceptions",
+    "load_qwen_model",
+    "retry_on_exception",
+    "subscribe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loadstone' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,100 @@
+"""What the headers of a checkpoint say, in one shape for every format.
+
+Names of tensors are the Hub's (`model.layers.0.self_attn.q_proj.weight`) and `config` has the keys of
+config.json, whatever the format on disk, so nothing above this room knows which format a model came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .architectures import Architecture
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its header describes it.
+
+    `shape` is rows × columns as torch has it. `dtype` is the type on disk: "BF16", "F16", "F32" or a GGUF
+    type such as "Q4_K". `offset` and `nbytes` place it in `file`, in bytes from the file's start.
+    `stored_name` is its name in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    offset: int
+    nbytes: int
+    stored_name: str
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor holds."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as its headers describe it: sizes, tensors, and what generation_config.json recommends.
+
+    `rope` is config.json's rope settings, normalised: `rope_theta` and `rope_type` always ("default",
+    "linear", "dynamic", "yarn", "llama3"), with the type's parameters when positions are scaled. GGUF files
+    state llama3's scaling as `rope_type` "factors" with `factors`, the head_size / 2 numbers that divide the
+    frequencies. `sliding_window` is the width in tokens, or None; `windowed_layers` says which layers use it.
+    `max_context` is in tokens, after scaling. `tensors` are those that the model uses: a tied lm_head is left
+    out. `eos_token_ids` are all the tokens that end an answer.
+    """
+
+    name: str
+    architecture: Architecture
+    format: str
+    origin: str
+    revision: str | None
+    folder: Path
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_context: int
+    norm_epsilon: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool  # bias on o_proj
+    mlp_bias: bool
+    hidden_act: str
+    rope: Mapping[str, Any]
+    sliding_window: int | None
+    windowed_layers: tuple[bool, ...]
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the checkpoint holds."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """How many numbers the KV cache keeps for each token."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
+    def part_of(self, name: str) -> str:
+        """Return a tensor's part: "embedding", "lm_head", "linear" or "norm" (biases and norms)."""
+        if name == "model.embed_tokens.weight":
+            return "embedding"
+        if name.startswith("lm_head."):
+            return "lm_head"
+        return "linear" if len(self.tensors[name].shape) == 2 else "norm"

@@ -1,0 +1,16 @@
+"""What the user asked for: frozen wishes, and the layers that they are read from."""
+
+from .generation import GenerationConfig, Sampling, generation_from_checkpoint, resolve_generation
+from .manager import ConfigManager
+from .schema import LoadConfig, LoadstoneConfig, RetryConfig
+
+__all__ = [
+    "ConfigManager",
+    "GenerationConfig",
+    "LoadConfig",
+    "LoadstoneConfig",
+    "RetryConfig",
+    "Sampling",
+    "generation_from_checkpoint",
+    "resolve_generation",
+]

@@ -1,0 +1,180 @@
+"""What can be asked for, setting by setting: which model, where, in how much memory, and how hard to try.
+
+Knows the form of each value, not whether this machine can grant it: whether a device exists or a strategy is
+known is found out by the rooms that look.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from pydantic import ConfigDict, Field, field_validator
+
+from loadstone.units import parse_size
+
+from .generation import GenerationConfig
+from .wish import Wish, show
+
+_DEVICE = re.compile(r"[a-z]+(:(0|[1-9][0-9]{0,3}))?")
+_STRATEGY = re.compile(r"[a-z0-9_-]+")
+_TOKENS = re.compile(r"([0-9]{1,12}) ?([km]?)", re.IGNORECASE)
+_LARGEST_BYTES = 2**63 - 1
+
+
+class LoadConfig(Wish):
+    """Which model to load, where to, and within which limits (`model_config` in a file)."""
+
+    base_model: str = Field(default="Qwen/Qwen2.5-7B-Instruct", examples=['"Qwen/Qwen2.5-7B-Instruct"'])
+    """The model: a folder, a .safetensors or .gguf file, a Hub id (`owner/name`, `owner/name@revision`), or
+    `smollm2`. Qwen2.5-7B-Instruct by default: it answers well in English and Chinese, is openly licensed,
+    and takes about 5 GB in 4 bits."""
+
+    revision: str | None = Field(default=None, min_length=1, examples=['"main"'])
+    """The branch, tag or commit on the Hub; None is the newest of the main branch. Fix it where answers must
+    not change under you."""
+
+    device: str = Field(default="auto", examples=['"cuda:1"'])
+    """Where to load it: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `mps:0`, or a plug-in's name. `auto` by
+    default: the best device here that can hold the model, with the reason told."""
+
+    max_memory: int | None = Field(default=None, examples=['"20GB"'])
+    """The most memory that weights, KV cache and working space may take together, in bytes; written as
+    `20GB` (10⁹) or `20GiB` (2³⁰). None by default: what the device really has free, container limits
+    included."""
+
+    quantization: str = Field(default="4bit", examples=['"4bit"'])
+    """How weights are kept: `none`, `8bit`, `4bit` (also `nf4`), `auto`, or a plug-in's name; empty is
+    `none`. `4bit` by default: a quarter of the memory, and so about four times the speed, for little loss."""
+
+    context: int | None = Field(default=None, ge=1, le=2**31, examples=["32k"])
+    """The most tokens that one conversation may have, prompt and answer; `32k` is 32 × 1024. None by
+    default: as long as fits, at most 4096 and at most what the model was trained for, since the KV cache is
+    reserved for it."""
+
+    streams: int = Field(default=1, ge=1, le=4096, examples=["4"])
+    """How many conversations are answered at the same time; each reserves its own KV cache, so one by
+    default."""
+
+    force: bool = Field(default=False, examples=["true"])
+    """Whether to load even where the arithmetic says that it does not fit. Off by default: the system would
+    end the process without a word."""
+
+    offline: bool = Field(default=False, examples=["true"])
+    """Whether to use only what is on this machine, without asking the network. Off by default."""
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _base_model(cls, value: Any) -> Any:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("it names no model; write a folder, a file or a Hub id")
+        return value
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _device(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name = value.strip().lower()
+        kind = name.partition(":")[0]
+        if not _DEVICE.fullmatch(name):
+            raise ValueError(f"{show(value)} is not a device; write auto, cpu, cuda, cuda:1, mps or mps:0")
+        if ":" in name and (kind in ("auto", "cpu") or (kind == "mps" and name != "mps:0")):
+            only = "mps or mps:0" if kind == "mps" else kind
+            raise ValueError(f"{show(value)}: there is only one {kind}; write {only}")
+        return name
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _max_memory(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, (int, str)) or isinstance(value, bool):
+            raise ValueError(f"{show(value)} is not a size; write one like 20GB or 16GiB")
+        try:
+            size = parse_size(value)
+        except OverflowError:
+            size = _LARGEST_BYTES + 1
+        if size > _LARGEST_BYTES:
+            raise ValueError(f"{show(value)} is more than any machine has")
+        return size
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _quantization(cls, value: Any) -> Any:
+        if value is None:
+            return "none"
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            return value
+        name = value.strip().lower()
+        if not _STRATEGY.fullmatch(name):
+            raise ValueError(f"{show(value)} is not the name of a strategy; write none, 8bit, 4bit or auto")
+        if name in ("4", "8"):
+            return f"{name}bit"
+        if name.lstrip("-").isdigit():
+            raise ValueError(f"{show(value)}: weights are kept in 4 or 8 bits; write 4bit, 8bit or none")
+        return name
+
+    @field_validator("context", mode="before")
+    @classmethod
+    def _context(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _TOKENS.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"{show(value)} is not a number of tokens; write one like 4096 or 32k")
+        # A context of 32k means 32,768 wherever models are named, so k is 1024 here.
+        return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
+
+
+class RetryConfig(Wish):
+    """How often, and after which waits, what failed for a passing reason is tried again (`retry` in a
+    file)."""
+
+    max_attempts: int = Field(default=3, ge=1, le=100, examples=["3"])
+    """How often one action is tried in all; 1 is never again. Three by default: most hiccups are over by
+    then."""
+
+    first_wait: float = Field(default=1.0, ge=0, le=86_400, allow_inf_nan=False, examples=["1.0"])
+    """Seconds before the second try; each later wait is longer. One by default: long enough for a restart of
+    a proxy, short enough not to be noticed."""
+
+    max_wait: float = Field(default=30.0, ge=0, le=86_400, allow_inf_nan=False, examples=["30.0"])
+    """Seconds that no wait may exceed. Thirty by default: longer looks like a program that hangs."""
+
+
+class LoadstoneConfig(Wish):
+    """Everything that can be asked for: one group a section of the file."""
+
+    # Not strict, so that a section may be given as a mapping; the sections themselves are.
+    model_config = ConfigDict(strict=False, validate_by_name=True, validate_by_alias=True)
+
+    # pydantic keeps the name `model_config` for itself, so the section's name is an alias.
+    model: LoadConfig = Field(
+        default_factory=LoadConfig, validation_alias="model_config", serialization_alias="model_config"
+    )
+    """Which model, where, within which limits; `model_config` in files, variables and mappings."""
+
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    """How answers are made where neither the call nor anything later says otherwise."""
+
+    retry: RetryConfig = Field(default_factory=RetryConfig)
+    """How hard to try when the network fails."""
+
+
+SECTIONS: dict[str, tuple[str, type[Wish]]] = {
+    "model_config": ("model", LoadConfig),
+    "generation": ("generation", GenerationConfig),
+    "retry": ("retry", RetryConfig),
+}
+"""Each section's name in files, with the attribute of LoadstoneConfig and the type that it becomes."""
+
+
+def known_keys() -> list[str]:
+    """Return every setting's dotted key, in the order of the schema."""
+    return [f"{section}.{key}" for section, (_, wish) in SECTIONS.items() for key in wish.model_fields]

@@ -1,0 +1,6 @@
+"""Requests to tokens to text: templates, batching, sampling, stop strings, cancelling."""
+
+from .engine import Engine
+from .request import Chunk, GenerationResult, Stream, Timing, Usage
+
+__all__ = ["Chunk", "Engine", "GenerationResult", "Stream", "Timing", "Usage"]

@@ -1,0 +1,119 @@
+"""A model that answers: prompts and conversations in, chunks and results out.
+
+Knows the tokenizer, the chat template and what sampling is in force; leaves the work to the batcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint.template import ChatTemplate
+from ..checkpoint.tokenizer import Tokenizer
+from ..config import Sampling
+from ..model import Decoder
+from ..planner import Plan
+from .batcher import Batcher
+from .request import GenerationResult, Request, Stream, Timing, Usage
+from .text import TextStream
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+class Engine:
+    """Answers on one decoder; safe to use from many threads, whose requests run together.
+
+    A text prompt goes through the chat template when the model has one, as one message of the user; `raw` sends
+    it as it is. A sequence of role/content mappings is a conversation.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, plan: Plan) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.context = plan.context
+        self._batcher = Batcher(
+            decoder,
+            context=plan.context,
+            cache_tokens=plan.context * plan.streams,
+            chunk=plan.settings.prefill_chunk,
+            ends=tokenizer.eos_token_ids,
+            new_text=lambda: TextStream(tokenizer),
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache when it is full."""
+        return self._batcher.cache.nbytes
+
+    def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> list[int]:
+        """Return the tokens that the model will read for a prompt."""
+        if isinstance(prompt, str) and (raw or self.template is None):
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        if self.template is None:
+            text = "\n".join(str(message.get("content", "")) for message in messages)
+            return self.tokenizer.encode(text, add_special_tokens=True)
+        return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None
+    ) -> Stream:
+        """Start an answer and return its chunks as they are made."""
+        tokens = self.encode(prompt, raw=raw, system=system)
+        room = max(1, self.context - len(tokens))
+        request = Request(tokens, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
+        self._batcher.submit(request)
+        return Stream(request)
+
+    def generate(
+        self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None
+    ) -> GenerationResult:
+        """Return the whole answer."""
+        return _fold(self.stream(prompt, sampling, raw=raw, system=system))
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, system: str | None = None
+    ) -> list[GenerationResult]:
+        """Return all answers, in the order of the prompts; one that failed has its `error` and no text."""
+        streams: list[Stream | Exception] = []
+        try:
+            for prompt in prompts:
+                try:
+                    streams.append(self.stream(prompt, sampling, raw=raw, system=system))
+                except Exception as error:  # noqa: BLE001 - it becomes that prompt's result
+                    streams.append(error)
+            return [_result_of(stream) for stream in streams]
+        finally:
+            for stream in streams:
+                if isinstance(stream, Stream):
+                    stream.close()
+
+    def wait_until_idle(self) -> None:
+        """Return when no answer is being made."""
+        self._batcher.wait_until_idle()
+
+    def renew_cache(self) -> bool:
+        """Give back the memory of the KV cache, which is empty between answers; return False while one is made."""
+        return self._batcher.renew_cache()
+
+    def close(self) -> None:
+        """End every request and let go of the decoder."""
+        self._batcher.close()
+
+
+def _fold(stream: Stream) -> GenerationResult:
+    for _ in stream:
+        pass
+    return stream.result
+
+
+def _result_of(stream: Stream | Exception) -> GenerationResult:
+    try:
+        if isinstance(stream, Exception):
+            raise stream
+        return _fold(stream)
+    except Exception as error:  # noqa: BLE001 - it becomes that prompt's result
+        return GenerationResult("", "error", Usage(0, 0), Timing(0.0, 0.0, 0.0, 0.0), error)

@@ -1,0 +1,144 @@
+"""One request and what comes of it: chunks while it runs, a result when it is done.
+
+The side that computes puts chunks, or the error that ended the work; the side that asked takes them. Knows no
+tokens' meaning and no model.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from ..config import Sampling
+from ..errors import GenerationError
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many tokens a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a request's time went, in seconds since it was asked; `tokens_per_s` is of decoding, after the first."""
+
+    queued_s: float
+    first_token_s: float
+    total_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer. `str(result)` is its text.
+
+    `finish_reason` is "stop" (the model ended, or a stop string came), "length" (max_new_tokens or the context's
+    end), "cancelled", or "error" with the `error`, which only results of a batch have.
+    """
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    timing: Timing
+    error: Exception | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer; the last one has the `result`. `str(chunk)` is its text."""
+
+    text: str
+    result: GenerationResult | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ended, on the last chunk."""
+        return self.result.finish_reason if self.result else None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(eq=False)
+class Request:
+    """What is asked: tokens of the prompt and the rules for the answer; and the line on which chunks go back."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    asked_at: float = field(default_factory=time.perf_counter)
+    line: queue.SimpleQueue[Chunk | BaseException] = field(default_factory=queue.SimpleQueue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one answer as they are made.
+
+    Leaving the loop, `close()`, `cancel()` or the end of a `with` block stops the work within one token. An
+    exception in the work is raised from the loop.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._result: GenerationResult | None = None
+        self._is_over = False
+
+    @property
+    def result(self) -> GenerationResult:
+        """The whole answer, when the last chunk has been taken; raises GenerationError before."""
+        if self._result is None:
+            raise GenerationError("The answer is not finished: read the stream to its end first.")
+        return self._result
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._is_over:
+            raise StopIteration
+        try:
+            item = self._request.line.get()
+        except BaseException:
+            self.cancel()  # Ctrl-C while waiting: nobody will read the rest
+            raise
+        if isinstance(item, BaseException):
+            self._is_over = True
+            raise item
+        if item.result is not None:
+            self._is_over = True
+            self._result = item.result
+        return item
+
+    def cancel(self) -> None:
+        """Stop the work within one token; the stream then ends with finish_reason "cancelled"."""
+        self._request.cancelled.set()
+
+    def close(self) -> None:
+        """Cancel what is left and take no more chunks."""
+        self.cancel()
+        self._is_over = True
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._request.cancelled.set()  # a stream that nobody holds is one that nobody reads

@@ -1,0 +1,22 @@
+"""Facts about the machine: its devices, their memory and what bounds it, and how they are best used."""
+
+from .device import Check, CompatibilityReport, Device, MemorySettings
+from .limits import CgroupLimit, MemoryLimits, memory_limits, peak_rss, process_rss
+from .manager import DeviceManager, get_device_manager
+from .probes import Probe, register_probe
+
+__all__ = [
+    "CgroupLimit",
+    "Check",
+    "CompatibilityReport",
+    "Device",
+    "DeviceManager",
+    "MemoryLimits",
+    "MemorySettings",
+    "Probe",
+    "get_device_manager",
+    "memory_limits",
+    "peak_rss",
+    "process_rss",
+    "register_probe",
+]

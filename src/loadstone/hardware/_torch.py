@@ -1,0 +1,87 @@
+"""All that this room asks of torch, imported when asked: which accelerators it sees, and how they are."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CudaFacts:
+    """One CUDA (or ROCm) device as torch sees it; `free_bytes` includes what its cache holds unused."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    compute_capability: tuple[int, int]
+    processors: int
+    has_bfloat16: bool
+    has_kernels: bool
+
+
+def cuda_facts() -> list[CudaFacts] | str:
+    """Return the CUDA devices, or why there are none."""
+    import torch
+
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return "this build of torch has no CUDA support"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        why = str(caught[0].message).splitlines()[0] if caught else "no device or no driver was found"
+        return f"torch cannot use CUDA: {why}"
+    return [_one(index) for index in range(torch.cuda.device_count())]
+
+
+def _one(index: int) -> CudaFacts:
+    import torch
+
+    about = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    with torch.cuda.device(index):
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return CudaFacts(
+        index=index,
+        name=about.name,
+        total_bytes=total,
+        free_bytes=free + max(0, unused),
+        compute_capability=(about.major, about.minor),
+        processors=about.multi_processor_count,
+        has_bfloat16=bfloat16,
+        has_kernels=_has_kernels(torch.cuda.get_arch_list(), (about.major, about.minor)),
+    )
+
+
+def _has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
+    """Tell whether a torch built for `built_for` ("sm_80", "compute_90") has code that a device can run.
+
+    Code runs on the same major version with an equal or higher minor; "compute_" code is compiled for any
+    later one.
+    """
+    if not built_for or not any(name.startswith(("sm_", "compute_")) for name in built_for):
+        return True  # ROCm, or a build that does not say
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        digits = "".join(character for character in number if character.isdigit())
+        if len(digits) < 2:
+            continue
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute" and built <= capability:
+            return True
+        if kind == "sm" and built[0] == capability[0] and built[1] <= capability[1]:
+            return True
+    return False
+
+
+def mps_memory() -> tuple[int, int] | str:
+    """Return (total, in use) bytes of Apple's GPU as Metal recommends them, or why there is none."""
+    import torch
+
+    if not torch.backends.mps.is_built():
+        return "this build of torch has no MPS support"
+    if not torch.backends.mps.is_available():
+        return "torch cannot use MPS: it needs macOS 14 or later on a Mac with Apple silicon"
+    return int(torch.mps.recommended_max_memory()), int(torch.mps.driver_allocated_memory())

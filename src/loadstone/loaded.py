@@ -1,0 +1,117 @@
+"""A model that is ready: it answers, and tells what it is.
+
+Knows which sampling is in force for a call (checkpoint, configuration, call) and hands the rest to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .checkpoint.spec import ModelSpec
+from .checkpoint.tokenizer import Tokenizer
+from .config import GenerationConfig, Sampling, resolve_generation
+from .engine import Engine, GenerationResult, Stream
+from .engine.engine import Prompt
+from .errors import ConfigurationError
+from .model import Decoder
+from .planner import Plan
+
+Layers = tuple[tuple[str, GenerationConfig], ...]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with everything that was decided about it.
+
+    `phases` are the seconds that each step of its load took. `sampling_layers` say what the checkpoint and the
+    configuration want of sampling, weakest first.
+    """
+
+    spec: ModelSpec
+    plan: Plan
+    decoder: Decoder
+    tokenizer: Tokenizer
+    engine: Engine
+    phases: Mapping[str, float]
+    sampling_layers: Layers
+
+    def generate(
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
+        system: str | None = None, **settings: Any,
+    ) -> GenerationResult:  # fmt: skip
+        """Return the answer to a text or a conversation; see `ModelManager.generate`."""
+        return self.engine.generate(prompt, self.sampling(config, settings)[0], raw=raw, system=system)
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
+        system: str | None = None, **settings: Any,
+    ) -> Stream:  # fmt: skip
+        """Start an answer and return its chunks; see `ModelManager.stream`."""
+        return self.engine.stream(prompt, self.sampling(config, settings)[0], raw=raw, system=system)
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], config: GenerationConfig | None = None, *, raw: bool = False,
+        system: str | None = None, **settings: Any,
+    ) -> list[GenerationResult]:  # fmt: skip
+        """Return the answers to several prompts; see `ModelManager.generate_batch`."""
+        if isinstance(prompts, str):
+            raise ConfigurationError(
+                "generate_batch takes a list of prompts, not one text", hint="Write generate_batch([prompt])."
+            )
+        return self.engine.generate_batch(prompts, self.sampling(config, settings)[0], raw=raw, system=system)
+
+    def sampling(
+        self, config: GenerationConfig | None = None, settings: Mapping[str, Any] | None = None
+    ) -> tuple[Sampling, Mapping[str, str]]:
+        """Return what is in force for a call that says `config` and `settings`, and where each value comes from."""
+        said = [*self.sampling_layers]
+        if config is not None:
+            said.append(("GenerationConfig", config))
+        if settings:
+            said.append(("argument", GenerationConfig(**settings)))
+        return resolve_generation(said)
+
+    def info(self) -> dict[str, Any]:
+        """Return what this model is, as plain values: see `ModelManager.get_model_info`."""
+        spec, plan = self.spec, self.plan
+        sampling, origins = self.sampling()
+        template = self.engine.template
+        return {
+            "name": spec.name,
+            "origin": spec.origin,
+            "revision": spec.revision,
+            "architecture": spec.architecture.name,
+            "format": spec.format,
+            "parameters": {"total": spec.parameters, **_parameters_by_part(spec)},
+            "strategy": plan.strategy,
+            "device": plan.device.torch_name,
+            "device_name": plan.device.name,
+            "device_reason": plan.device.reason,
+            "reasons": list(plan.reasons),
+            "bytes": {**self.decoder.weight_bytes(), "kv_cache": self.engine.cache_bytes},
+            "planned_bytes": {
+                "weights": sum(plan.weight_bytes.values()),
+                "kv_cache": plan.kv_bytes,
+                "activations": plan.activation_bytes,
+                "runtime": plan.runtime_bytes,
+                "load_peak": plan.load_peak_bytes,
+                "steady": plan.steady_bytes,
+                "allowed": plan.allowed_bytes,
+            },
+            "load_seconds": dict(self.phases),
+            "context": plan.context,
+            "max_context": spec.max_context,
+            "template": template.origin if template is not None else None,
+            "sampling": {
+                name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()
+            },
+        }
+
+
+def _parameters_by_part(spec: ModelSpec) -> dict[str, int]:
+    parts = dict.fromkeys(("embedding", "linear", "lm_head", "norm"), 0)
+    for name, tensor in spec.tensors.items():
+        parts[spec.part_of(name)] += tensor.elements
+    return parts

@@ -1,0 +1,256 @@
+"""The life of a model: load, answer, reload, unload. One manager a process, or as many as one likes.
+
+A load is five steps, each a room of its own: resolve, inspect, plan, build, ready.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from .checkpoint import inspect, load_chat_template, load_tokenizer, open_weights
+from .checkpoint.spec import ModelSpec
+from .checkpoint.tokenizer import Tokenizer
+from .config import ConfigManager, GenerationConfig, LoadstoneConfig, generation_from_checkpoint
+from .engine import Engine, GenerationResult, Stream
+from .engine.engine import Prompt
+from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
+from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
+from .loaded import LoadedModel
+from .memory import give_back
+from .model import build
+from .planner import Plan, plan
+from .sources import ModelFiles, resolve
+from .telemetry import subscribe, timed
+from .telemetry.log import log_event
+
+RUNTIME_ALLOWANCE = 250_000_000  # torch's and LLVM's code, kernels and the tokenizer, measured on Linux
+
+Config = str | os.PathLike[str] | Mapping[str, Any] | ConfigManager | LoadstoneConfig | None
+
+subscribe(log_event)
+
+
+class ModelManager:
+    """Loads one model and answers with it; safe to use from many threads.
+
+    `config` is None (the file that is found, or defaults), a path, a mapping in the file's shape, or a
+    ConfigManager. `devices` replaces the machine's devices, for tests.
+    """
+
+    def __init__(self, config: Config = None, *, devices: DeviceManager | None = None) -> None:
+        self.config = config if isinstance(config, ConfigManager) else ConfigManager(config)
+        self._devices = devices or get_device_manager()
+        self._life = threading.RLock()  # held while loading or unloading: one at a time
+        self._model: LoadedModel | None = None
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def load_base_model(self) -> tuple[Tokenizer, LoadedModel]:
+        """Load the configured model, downloading it if needed; return its tokenizer and the model.
+
+        Loads once: while it is loaded, the same pair comes back, and a second thread waits for the first. After a
+        failure nothing remains and the next call starts anew.
+
+        Raises ConfigurationError, ModelLoadError (SourceError, CheckpointError) or ResourceError.
+        """
+        with self._life:
+            if self._model is None:
+                with handle_exceptions("load the model"), self._nothing_left_on_failure():
+                    self._model = self._load()
+            return self._model.tokenizer, self._model
+
+    def _load(self) -> LoadedModel:
+        phases: dict[str, float] = {}
+        with self._phase("resolve", phases):
+            files = self._resolve()
+        with self._phase("inspect", phases):
+            spec = inspect(files)
+        with self._phase("plan", phases):
+            decision = self._plan(spec)
+        with self._phase("build", phases), open_weights(spec) as weights:
+            decoder = build(decision, spec, weights)
+        with self._phase("ready", phases):
+            tokenizer = load_tokenizer(spec)
+            engine = Engine(decoder, tokenizer, load_chat_template(spec), decision)
+        layers = (
+            ("generation_config.json", generation_from_checkpoint(spec.generation)),
+            *self.config.generation_layers(),
+        )
+        return LoadedModel(spec, decision, decoder, tokenizer, engine, phases, layers)
+
+    def _resolve(self) -> ModelFiles:
+        wish = self.config.config.model
+        return resolve(
+            wish.base_model, revision=wish.revision, offline=wish.offline, retry=self.config.config.retry
+        )
+
+    def _plan(self, spec: ModelSpec) -> Plan:
+        import torch
+
+        wish = self.config.config.model
+        device = self._devices.resolve(wish.device)
+        settings = self._devices.optimize_memory_settings(device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)
+        return plan(wish, spec, device, settings, runtime_bytes=runtime)
+
+    @contextmanager
+    def _phase(self, name: str, phases: dict[str, float]) -> Iterator[None]:
+        started = time.perf_counter()
+        with timed(f"load.{name}", model=self.config.config.model.base_model, rss=process_rss()):
+            yield
+        phases[name] = time.perf_counter() - started
+
+    @contextmanager
+    def _nothing_left_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            # Whoever keeps the error must not keep the tensors that its frames hold.
+            traceback.clear_frames(error.__traceback__)
+            give_back()
+            raise
+
+    def unload_model(self, *, cancel: bool = False) -> None:
+        """Give the model's memory back; do nothing when none is loaded.
+
+        Answers under way are finished first, or with `cancel` ended with GenerationError.
+        """
+        with self._life:
+            model, self._model = self._model, None
+            if model is None:
+                return
+            with timed("unload", model=model.spec.name):
+                if not cancel:
+                    model.engine.wait_until_idle()
+                model.engine.close()
+                model.decoder.release()
+                del model
+                give_back()
+
+    def reload_model(self) -> tuple[Tokenizer, LoadedModel]:
+        """Unload, when one is loaded, and load again, with the files as they are now."""
+        with self._life:
+            self.unload_model()
+            return self.load_base_model()
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
+        system: str | None = None, **settings: Any,
+    ) -> GenerationResult:  # fmt: skip
+        """Return the answer to a text, or to a conversation (a list of role/content mappings).
+
+        A text goes through the model's chat template as one message of the user, after `system` if given; `raw`
+        sends it as it is. `settings` are the fields of GenerationConfig (max_new_tokens, temperature, …); they win
+        over `config`, which wins over the configuration file and the checkpoint. `str(result)` is the text.
+
+        Raises ModelNotLoadedError before `load_base_model`, ConfigurationError for a setting that cannot be meant,
+        GenerationError when no answer can be made.
+        """
+        return self._ready().generate(prompt, config, raw=raw, system=system, **settings)
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
+        system: str | None = None, **settings: Any,
+    ) -> Stream:  # fmt: skip
+        """Return the answer's chunks as they are made; arguments and errors are those of `generate`.
+
+        Leaving the loop or `cancel()` stops the work within one token; `stream.result` has the whole at the end.
+        """
+        return self._ready().stream(prompt, config, raw=raw, system=system, **settings)
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], config: GenerationConfig | None = None, *, raw: bool = False,
+        system: str | None = None, **settings: Any,
+    ) -> list[GenerationResult]:  # fmt: skip
+        """Return the answers to several prompts, in their order; the prompts run together.
+
+        A prompt that fails has a result with finish_reason "error" and its `error`; the others are not lost.
+        """
+        return self._ready().generate_batch(prompts, config, raw=raw, system=system, **settings)
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def is_loaded(self) -> bool:
+        """Tell whether a model is ready to answer."""
+        return self._model is not None
+
+    def get_device(self) -> Device:
+        """Return the device that the model is on, or would be loaded to, with the reason."""
+        model = self._model
+        return model.plan.device if model else self._devices.resolve(self.config.config.model.device)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what is loaded, as plain values.
+
+        Names and revision, parameters and bytes by part, strategy, device and reasons, seconds of each phase of the
+        load, context, template, the sampling in force with the origin of each value, and the process's memory.
+        """
+        return {**self._ready().info(), "memory": self.get_memory()}
+
+    def get_memory(self) -> dict[str, int]:
+        """Return the process's memory in bytes: resident now, at its peak, and what it may still get."""
+        return {"rss": process_rss(), "peak_rss": peak_rss(), "free": memory_limits().free_bytes}
+
+    def clear_cache(self) -> int:
+        """Give back the KV cache's pages (when no answer is under way) and what allocators keep; return bytes freed."""
+        before = process_rss()
+        if (model := self._model) is not None:
+            model.engine.renew_cache()
+        give_back()
+        return max(0, before - process_rss())
+
+    def optimize_memory(self) -> dict[str, int]:
+        """Give back all that is not needed to go on answering; return resident bytes before and after."""
+        before = process_rss()
+        self.clear_cache()
+        return {"before": before, "after": process_rss()}
+
+    def _ready(self) -> LoadedModel:
+        model = self._model
+        if model is None:
+            raise ModelNotLoadedError(
+                "No model is loaded.", hint="Call load_base_model() first; it loads the configured model."
+            )
+        return model
+
+    def __enter__(self) -> ModelManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unload_model(cancel=True)
+
+
+_one: list[ModelManager] = []
+_one_lock = threading.Lock()
+
+
+def get_model_manager(config: Config = None) -> ModelManager:
+    """Return the manager of this process, made on the first call with `config`.
+
+    Raises ConfigurationError when a later call brings another configuration: two models in one process take two
+    `ModelManager`s.
+    """
+    with _one_lock:
+        if not _one:
+            _one.append(ModelManager(config))
+        elif config is not None and ConfigManager(config).config != _one[0].config.config:
+            raise ConfigurationError(
+                "This process's manager has another configuration already.",
+                hint="Use ModelManager(config) for a second model, or call get_model_manager() without arguments.",
+            )
+        return _one[0]
+
+
+def load_qwen_model(config: Config = None) -> tuple[Tokenizer, LoadedModel]:
+    """Load the configured model (Qwen2.5-7B-Instruct where nothing is configured); return tokenizer and model."""
+    return get_model_manager(config).load_base_model()

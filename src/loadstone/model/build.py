@@ -1,0 +1,111 @@
+"""Plan + checkpoint → decoder: reads each tensor once, quantises it, and lets go of it.
+
+Peak memory is the finished decoder and the tensors of the one product being made: what was read is given back
+before the next product begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from ..checkpoint.spec import ModelSpec
+from ..planner import Plan
+from ..quantization import Strategy, find_strategy
+from ..quantization.linear import Linear
+from ..telemetry import emit
+from .decoder import Decoder, Layer, Product
+from .rope import rope_tables
+
+_PACKED_KEPT_AS = torch.float16  # GGUF's packed types, under `none`: float32 would double what they take
+
+
+Made = TypeVar("Made")
+
+
+class WeightReader(Protocol):
+    """What a checkpoint gives: a tensor by its Hub name, and a word that it is not needed any more."""
+
+    def read(self, name: str) -> torch.Tensor: ...
+    def release(self, name: str) -> None: ...
+
+
+def build(plan: Plan, spec: ModelSpec, weights: WeightReader) -> Decoder:
+    """Return the decoder that `plan` describes, made from a checkpoint's weights.
+
+    Emits `load.progress` (bytes done, bytes in all) after each product, and `load.warning` when weights hold NaN or
+    infinity. Whatever it raises, nothing it made remains.
+    """
+    return _Builder(plan, spec, weights).build()
+
+
+class _Builder:
+    def __init__(self, plan: Plan, spec: ModelSpec, weights: WeightReader) -> None:
+        self.plan, self.spec, self.weights = plan, spec, weights
+        self.device = torch.device(plan.device.torch_name)
+        self.dtype: torch.dtype = getattr(torch, plan.settings.compute_dtype)
+        self.strategy: Strategy = find_strategy(plan.strategy)
+        self.done_bytes = 0
+        self.total_bytes = sum(tensor.nbytes for tensor in spec.tensors.values())
+
+    def build(self) -> Decoder:
+        spec = self.spec
+        embedding = self._weight("embedding", "model.embed_tokens.weight")
+        layers = [self._layer(index) for index in range(spec.layers)]
+        norm = self._vector("model.norm.weight")
+        head = embedding if spec.tied_embeddings else self._weight("lm_head", "lm_head.weight")
+        cosines, sines = rope_tables(spec.rope, spec.head_size, self.plan.context, self.device, self.dtype)
+        return Decoder(
+            embedding, layers, norm, head, cosines, sines,
+            heads=spec.heads, kv_heads=spec.kv_heads, head_size=spec.head_size, norm_epsilon=spec.norm_epsilon,
+            device=self.device, dtype=self.dtype, cache_dtype=getattr(torch, self.plan.settings.cache_dtype),
+        )  # fmt: skip
+
+    def _layer(self, index: int) -> Layer:
+        at = f"model.layers.{index}"
+        has_norms = self.spec.architecture.query_key_norm
+        attention = [f"{at}.self_attn.{name}_proj" for name in ("q", "k", "v")]
+        return Layer(
+            attention_norm=self._vector(f"{at}.input_layernorm.weight"),
+            query_key_value=self._product(*attention),
+            output=self._product(f"{at}.self_attn.o_proj"),
+            mlp_norm=self._vector(f"{at}.post_attention_layernorm.weight"),
+            gate_up=self._product(f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"),
+            down=self._product(f"{at}.mlp.down_proj"),
+            query_norm=self._vector(f"{at}.self_attn.q_norm.weight") if has_norms else None,
+            key_norm=self._vector(f"{at}.self_attn.k_norm.weight") if has_norms else None,
+            window=self.spec.sliding_window if self.spec.windowed_layers[index] else None,
+        )
+
+    def _product(self, *names: str) -> Product:
+        weight = self._weight("linear", *(f"{name}.weight" for name in names))
+        biases = [f"{name}.bias" for name in names if f"{name}.bias" in self.spec.tensors]
+        return Product(weight, torch.cat([self._vector(bias) for bias in biases]) if biases else None)
+
+    def _weight(self, part: str, *names: str) -> Linear:
+        def make(tensors: Sequence[torch.Tensor]) -> Linear:
+            return self.strategy.quantize(part, [self._plain(tensor) for tensor in tensors], self.device, self.dtype)
+
+        made = self._reading(names, make)
+        for kept in made.tensors().values():
+            if kept.is_floating_point() and not bool(torch.isfinite(kept).all()):
+                emit("load.warning", reason="weights hold NaN or infinity; answers may be noise", tensors=list(names))
+        return made
+
+    def _vector(self, name: str) -> torch.Tensor:
+        return self._reading([name], lambda tensors: tensors[0].to(self.device, self.dtype, copy=True))
+
+    def _plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a packed type's numbers in 16 bits when they stay unquantised."""
+        is_packed = self.spec.format == "gguf" and tensor.dtype == torch.float32
+        return tensor.to(_PACKED_KEPT_AS) if is_packed and self.plan.strategy == "none" else tensor
+
+    def _reading(self, names: Sequence[str], make: Callable[[Sequence[torch.Tensor]], Made]) -> Made:
+        made = make([self.weights.read(name) for name in names])
+        for name in names:
+            self.weights.release(name)
+            self.done_bytes += self.spec.tensors[name].nbytes
+        emit("load.progress", done=self.done_bytes, total=self.total_bytes)
+        return made

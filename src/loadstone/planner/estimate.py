@@ -1,0 +1,191 @@
+"""How many bytes a model takes, part by part and phase by phase: pure arithmetic on what the headers say.
+
+Knows shapes and strategies, not devices' limits; reads no file and loads no torch. Each figure is meant to
+be a little too high: a load that was promised and then killed is worse than one refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loadstone.hardware.device import MemorySettings
+from loadstone.quantization.base import Strategy
+
+if TYPE_CHECKING:
+    from loadstone.checkpoint.spec import ModelSpec, TensorInfo
+
+PARTS = ("linear", "lm_head", "embedding", "norm")
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+# Added to what a step needs, for what an allocator keeps between tensors of different sizes.
+ACTIVATION_MARGIN = 0.25
+# Tensors that the load holds at a time: the one being packed and the next being read, or two that are
+# stacked into one product (gate and up).
+TENSORS_IN_FLIGHT = 2
+# What packing and unpacking a few rows at a time take on the processor, at most.
+ROWS_AT_A_TIME = 64 << 20
+
+_FLOAT = 4  # intermediate results are counted as float32, whatever type the products are made in
+_HIDDEN_COPIES = 6  # residual, normed, attention's and the MLP's results, and the sums of the two
+_PLAIN_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one way to run a model takes, in bytes.
+
+    `weight_bytes` is by part: "linear", "lm_head", "embedding", and "norm" (norms and biases).
+    """
+
+    weight_bytes: Mapping[str, int]
+    kv_bytes: int
+    activation_bytes: int
+    runtime_bytes: int
+    load_peak_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """All weights as kept."""
+        return sum(self.weight_bytes.values())
+
+    @property
+    def steady_bytes(self) -> int:
+        """What is held while answering: weights, KV cache, activations and the runtime."""
+        return self.weights + self.kv_bytes + self.activation_bytes + self.runtime_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most at any time: loading or answering, whichever takes more."""
+        return max(self.load_peak_bytes, self.steady_bytes)
+
+
+def estimate_weights(
+    spec: ModelSpec, strategy: Strategy, settings: MemorySettings, device_kind: str
+) -> dict[str, int]:
+    """Return the bytes of the weights as kept, by part; all parts are named, also those of 0 bytes.
+
+    A tied embedding is kept once, as "embedding". What is not quantised stays on the processor in the type
+    that it is read in, and norms and biases in float32; elsewhere both are in the compute type.
+    """
+    compute = dtype_bytes(settings.compute_dtype)
+    is_cpu = device_kind == "cpu"
+    parts = dict.fromkeys(PARTS, 0)
+    for name, tensor in spec.tensors.items():
+        part = spec.part_of(name)
+        if part == "lm_head" and spec.tied_embeddings:
+            continue
+        if len(tensor.shape) == 2 and part != "norm":
+            rows, columns = tensor.shape
+            number = _bytes_as_read(tensor) if is_cpu else compute
+            parts[part] += strategy.weight_bytes(part, rows, columns, dtype_bytes=number)
+        else:
+            parts["norm"] += tensor.elements * (_FLOAT if is_cpu else compute)
+    return parts
+
+
+def estimate_kv(spec: ModelSpec, settings: MemorySettings, *, context: int, streams: int) -> int:
+    """Return the bytes of the KV cache for `streams` conversations of `context` tokens."""
+    return spec.kv_elements_per_token * context * streams * dtype_bytes(settings.cache_dtype)
+
+
+def estimate_activations(
+    spec: ModelSpec, settings: MemorySettings, device_kind: str, *, context: int, streams: int
+) -> int:
+    """Return the bytes that the largest step needs beside weights and cache: reading a chunk of a prompt.
+
+    Counts one layer, since each layer's results are given up before the next: its states, the scores of its
+    attention, a packed weight made whole for a product (on the processor a few rows of it), and the logits
+    of the last position of each stream.
+    """
+    tokens = max(min(settings.prefill_chunk, context), streams)
+    hidden = _HIDDEN_COPIES * spec.hidden_size
+    rotated = 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_size  # before and after rotation
+    inner = 3 * spec.intermediate_size  # gate, up and their product
+    scores = spec.heads * context
+    logits = 2 * spec.vocab_size * streams  # and their probabilities
+    whole = _stacked(spec) * dtype_bytes(settings.compute_dtype)
+    unpacked = ROWS_AT_A_TIME if device_kind == "cpu" else whole
+    step = (tokens * (hidden + rotated + inner + scores) + logits) * _FLOAT + unpacked
+    return round(step * (1 + ACTIVATION_MARGIN))
+
+
+def estimate_load(spec: ModelSpec, settings: MemorySettings, device_kind: str) -> int:
+    """Return the bytes that loading holds at its worst beside the weights already kept.
+
+    On the processor the largest tensors as read, and the rows being packed; elsewhere the largest weight
+    twice in the compute type, as it arrives and as it is stacked.
+    """
+    if device_kind != "cpu":
+        largest = max((tensor.elements for tensor in spec.tensors.values()), default=0)
+        return 2 * max(largest, _stacked(spec)) * dtype_bytes(settings.compute_dtype)
+    sizes = sorted(
+        (tensor.elements * _bytes_as_read(tensor) for tensor in spec.tensors.values()), reverse=True
+    )
+    return sum(sizes[:TENSORS_IN_FLIGHT]) + ROWS_AT_A_TIME
+
+
+def _stacked(spec: ModelSpec) -> int:
+    """Return how many numbers the largest weight of a layer has when stacked with another of its kind."""
+    linear = [tensor.elements for name, tensor in spec.tensors.items() if spec.part_of(name) == "linear"]
+    return TENSORS_IN_FLIGHT * max(linear, default=0)
+
+
+def _bytes_as_read(tensor: TensorInfo) -> int:
+    """Return the size of one number once read: what is packed in its file is unpacked to float32."""
+    return _PLAIN_FLOATS.get(tensor.dtype, _FLOAT)
+
+
+def dtype_bytes(name: str) -> int:
+    """Return the size of one number of the type that torch calls `name`; 4 when it is not known."""
+    return DTYPE_BYTES.get(name.removeprefix("torch."), 4)
+
+
+class Estimator:
+    """Estimates one model kept one way on one kind of device, at any context; weights are counted once."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        strategy: Strategy,
+        settings: MemorySettings,
+        *,
+        device_kind: str,
+        streams: int,
+        runtime_bytes: int,
+    ) -> None:
+        self._spec, self._settings, self._kind = spec, settings, device_kind
+        self._streams, self._runtime = streams, runtime_bytes
+        self._weights = estimate_weights(spec, strategy, settings, device_kind)
+        self._loading = estimate_load(spec, settings, device_kind)
+
+    def at(self, context: int) -> Estimate:
+        """Return what `context` tokens a stream take."""
+        spec, settings, streams = self._spec, self._settings, self._streams
+        return Estimate(
+            weight_bytes=self._weights,
+            kv_bytes=estimate_kv(spec, settings, context=context, streams=streams),
+            activation_bytes=estimate_activations(
+                spec, settings, self._kind, context=context, streams=streams
+            ),
+            runtime_bytes=self._runtime,
+            load_peak_bytes=sum(self._weights.values()) + self._loading + self._runtime,
+        )
+
+    def longest(self, allowed: int, *, shortest: int, longest: int, step: int = 64) -> int | None:
+        """Return the longest context that fits in `allowed` bytes, or None when not even `shortest` does.
+
+        It is a multiple of `step`, or one of the two bounds.
+        """
+        if self.at(longest).needed_bytes <= allowed:
+            return longest
+        if self.at(shortest).needed_bytes > allowed:
+            return None
+        low, high = shortest // step, -(-longest // step)  # low fits (or is the bound itself), high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.at(max(middle * step, shortest)).needed_bytes <= allowed:
+                low = middle
+            else:
+                high = middle
+        return max(low * step, shortest)

@@ -1,0 +1,62 @@
+"""The one place that calls bitsandbytes: its NF4 and int8 products (CUDA), and its NF4 dequantisation (any CPU).
+
+Imported only when one of them is needed, because importing bitsandbytes takes over a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import bitsandbytes.functional as bitsandbytes
+import torch
+from bitsandbytes import matmul_4bit
+
+from .codes import BLOCK
+from .linear import Linear
+
+
+def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights (rows × columns, `dtype`) for codes rows × columns/2 and absmax rows × columns/64 (float32)."""
+    shape = (codes.shape[0], codes.shape[1] * 2)
+    flat = codes.contiguous().view(-1, 1)
+    found: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        flat, absmax.contiguous().view(-1), BLOCK, "nf4", shape, dtype
+    )
+    return found
+
+
+def int8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return x·Wᵀ with x rounded to 8 bits a row, as LLM.int8() does without outliers."""
+    numbers, x_scales, _ = bitsandbytes.int8_vectorwise_quant(x.half())
+    whole = bitsandbytes.int8_linear_matmul(numbers, weight)
+    result: torch.Tensor = bitsandbytes.int8_mm_dequant(whole, x_scales, scales * 127.0)
+    return result.to(x.dtype)
+
+
+class BitsandbytesNf4(Linear):
+    """W as bitsandbytes keeps it: NF4 codes, and absmax quantised once more to 8 bits."""
+
+    def __init__(self, codes: torch.Tensor, state: Any) -> None:
+        super().__init__(*state.shape)
+        self.codes = codes
+        self.state = state
+
+    @classmethod
+    def quantize(cls, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> BitsandbytesNf4:
+        """Quantise the stacked weights on `device`."""
+        joined = torch.cat([weight.to(device, dtype) for weight in weights])
+        codes, state = bitsandbytes.quantize_4bit(joined, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        return cls(codes, state)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = matmul_4bit(x, self.codes.t(), quant_state=self.state)
+        return product
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        nested = self.state.state2
+        return {"codes": self.codes, "absmax": self.state.absmax, "absmax2": nested.absmax, "code2": nested.code}
+
+    def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        whole: torch.Tensor = bitsandbytes.dequantize_4bit(self.codes, self.state)
+        return whole[start:stop].to(dtype)

@@ -1,0 +1,184 @@
+"""Small words for writing loops in LLVM IR, and the compiler that turns them into functions.
+
+Knows nothing of weights. All arguments of a kernel travel in one array of 64-bit words, so that a call from Python
+is one ctypes call with one pointer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+I64, I32, I16, I8 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+F32, F16, VOID = ir.FloatType(), ir.HalfType(), ir.VoidType()
+POINTER = I8.as_pointer()
+WORDS = 24  # 64-bit words in a kernel's argument array
+ARGUMENTS = ir.ArrayType(I64, WORDS)
+WORKER = ir.FunctionType(VOID, [ARGUMENTS.as_pointer()])
+
+
+def vector(element: Any, length: int) -> Any:
+    """Return the type of `length` elements side by side."""
+    return ir.VectorType(element, length)
+
+
+def constants(element: Any, values: Sequence[float]) -> Any:
+    """Return a vector of constants."""
+    return ir.Constant(vector(element, len(values)), [ir.Constant(element, value) for value in values])
+
+
+class Kernel(ir.IRBuilder):  # type: ignore[misc]
+    """A function being written: llvmlite's builder with loads, stores and loops over addresses held in I64."""
+
+    def __init__(self, module: Any, name: str, extra: int = 0) -> None:
+        function = ir.Function(module, ir.FunctionType(VOID, [ARGUMENTS.as_pointer()] + [I64] * extra), name)
+        super().__init__(function.append_basic_block())
+        self.home = module
+        self.arguments = function.args[0]
+        self.extra = function.args[1:]
+
+    def argument(self, index: int) -> Any:
+        """Return word `index` of the argument array."""
+        return self.load(self.gep(self.arguments, [I32(0), I32(index)]))
+
+    def argument_float(self, index: int) -> Any:
+        """Return word `index`, whose low 32 bits hold a float."""
+        return self.bitcast(self.trunc(self.argument(index), I32), F32)
+
+    def intrinsic(self, name: str, result: Any, *values: Any, fast: Sequence[str] = ()) -> Any:
+        """Call a function of LLVM or of a library by its name."""
+        function = self.home.globals.get(name)
+        if function is None:
+            function = ir.Function(self.home, ir.FunctionType(result, [value.type for value in values]), name)
+        return self.call(function, values, fastmath=fast)
+
+    def _place(self, base: Any, index: Any, kind: Any) -> Any:
+        element = kind.element if isinstance(kind, ir.VectorType) else kind
+        place = self.gep(self.inttoptr(base, element.as_pointer()), [index])
+        return self.bitcast(place, kind.as_pointer())
+
+    def get(self, base: Any, index: Any, kind: Any) -> Any:
+        """Load a value of `kind` at element `index` of the array at address `base`; no alignment is assumed."""
+        loaded = self.load(self._place(base, index, kind))
+        loaded.align = 1
+        return loaded
+
+    def put(self, value: Any, base: Any, index: Any) -> None:
+        """Store `value` at element `index` of the array at address `base`."""
+        self.store(value, self._place(base, index, value.type)).align = 1
+
+    def pick(self, first: Any, second: Any, order: Sequence[int]) -> Any:
+        """Return the elements of two vectors in the given order."""
+        return self.shuffle_vector(first, second, constants(I32, order))
+
+    def splat(self, value: Any, length: int) -> Any:
+        """Return `value` in every element of a vector."""
+        nothing = ir.Constant(vector(value.type, length), ir.Undefined)
+        one = self.insert_element(nothing, value, I32(0))
+        return self.shuffle_vector(one, nothing, constants(I32, [0] * length))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """Return a·b + c, rounded once."""
+        return self.intrinsic(f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+
+    def sum(self, value: Any) -> Any:
+        """Return the sum of a vector of floats, in a tree's order."""
+        name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+        return self.intrinsic(name, F32, F32(0.0), value, fast=("reassoc",))
+
+    def largest(self, value: Any) -> Any:
+        """Return the largest element of a vector of floats."""
+        name = f"llvm.vector.reduce.fmax.v{value.type.count}f32"
+        return self.intrinsic(name, F32, value, fast=("nnan",))
+
+    def magnitude(self, value: Any) -> Any:
+        """Return the absolute values of a vector of floats."""
+        return self.intrinsic(f"llvm.fabs.v{value.type.count}f32", value.type, value)
+
+    def least(self, a: Any, b: Any) -> Any:
+        """Return the smaller of two signed integers."""
+        return self.select(self.icmp_signed("<", a, b), a, b)
+
+    def share(self, count: Any, grain: int = 1) -> tuple[Any, Any]:
+        """Return the part [start, stop) of `count` items, in multiples of `grain`, that the running thread is to do."""
+        thread = self.sext(self.intrinsic("omp_get_thread_num", I32), I64)
+        threads = self.sext(self.intrinsic("omp_get_num_threads", I32), I64)
+        grains = self.udiv(self.add(count, I64(grain - 1)), I64(grain))
+        start = self.mul(self.udiv(self.mul(grains, thread), threads), I64(grain))
+        stop = self.mul(self.udiv(self.mul(grains, self.add(thread, I64(1))), threads), I64(grain))
+        return start, self.least(stop, count)
+
+    def loop(
+        self, start: Any, stop: Any, step: int, body: Callable[..., Sequence[Any] | None], *carried: Any
+    ) -> list[Any]:
+        """Write `for i in range(start, stop, step)`: `body(i, *carried)` returns the carried values' next ones."""
+        before = self.block
+        head, inside, after = (self.function.append_basic_block(name) for name in ("head", "body", "end"))
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.phi(I64)
+        index.add_incoming(start, before)
+        values = []
+        for value in carried:
+            values.append(self.phi(value.type))
+            values[-1].add_incoming(value, before)
+        self.cbranch(self.icmp_signed("<", index, stop), inside, after)
+        self.position_at_end(inside)
+        following = body(index, *values) or ()
+        index.add_incoming(self.add(index, I64(step)), self.block)
+        for value, new in zip(values, following, strict=True):
+            value.add_incoming(new, self.block)
+        self.branch(head)
+        self.position_at_end(after)
+        return values
+
+    def in_parallel(self, worker: Any, threads: Any) -> None:
+        """Run `worker` on all threads with the same arguments, and wait for them."""
+        self.intrinsic(
+            "GOMP_parallel", VOID,
+            self.bitcast(worker, POINTER), self.bitcast(self.arguments, POINTER), self.trunc(threads, I32), I32(0),
+        )  # fmt: skip
+
+    def done(self) -> Any:
+        """End the function and return it."""
+        self.ret_void()
+        return self.function
+
+
+class Compiled:
+    """Machine code made from a module, kept alive as long as this object."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, module: Any, symbols: dict[str, int]) -> None:
+        with self._lock:
+            llvm.initialize_native_target()
+            llvm.initialize_native_asmprinter()
+            for name, address in symbols.items():
+                llvm.add_symbol(name, address)
+            machine = llvm.Target.from_default_triple().create_target_machine(
+                opt=3, cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), jit=True
+            )
+            parsed = llvm.parse_assembly(str(module))
+            parsed.verify()
+            builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+            builder.getModulePassManager().run(parsed, builder)
+            self._engine = llvm.create_mcjit_compiler(parsed, machine)
+            self._engine.finalize_object()
+
+    def function(self, name: str) -> Callable[[Any], None]:
+        """Return a function that takes the argument array; the GIL is free while it runs."""
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        return kind(self._engine.get_function_address(name))
+
+
+def new_module() -> Any:
+    """Return an empty module for this machine."""
+    module = ir.Module("loadstone")
+    module.triple = llvm.get_process_triple()
+    return module

@@ -1,0 +1,138 @@
+"""The Hub's own cache on disk, shared with every other program that uses the Hub.
+
+    hub/models--org--name/
+    ├── blobs/IDENTITY               content, named by what it is; IDENTITY.incomplete while it arrives
+    ├── snapshots/COMMIT/NAME        links to blobs: the files of one commit by name
+    └── refs/REVISION                the commit that a branch or tag was last seen at
+
+Here a ref is written last, so that what a ref leads to is whole unless another program put it there. Knows no
+network and needs no library of the Hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import Listing, RemoteFile
+
+DEFAULT_REVISION = "main"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def cache_root() -> Path:
+    """Return the folder of the Hub's cache, by the Hub's own environment variables, read now."""
+    environment = os.environ
+    base = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = environment.get("HF_HOME") or os.path.join(base, "huggingface")
+    named = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
+    folder = named or os.path.join(home, "hub")
+    return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(folder))))
+
+
+@dataclass(frozen=True)
+class HubCache:
+    """The part of the cache in `root` that belongs to one repository (`org/name`)."""
+
+    root: Path
+    repository: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the repository's files are kept."""
+        return self.root / self._folder_name
+
+    def blob(self, file: RemoteFile) -> Path:
+        """Return where the content of `file` is kept once it is whole."""
+        return self.folder / "blobs" / file.identity
+
+    def partial(self, file: RemoteFile) -> Path:
+        """Return where the content of `file` is kept while it arrives."""
+        return self.folder / "blobs" / f"{file.identity}.incomplete"
+
+    def lock(self, file: RemoteFile) -> Path:
+        """Return the lock that every program holds while it fetches this content."""
+        return self.root / ".locks" / self._folder_name / f"{file.identity}.lock"
+
+    def snapshot(self, commit: str) -> Path:
+        """Return the folder with the files of `commit` by name."""
+        return self.folder / "snapshots" / commit
+
+    def commit_of(self, revision: str | None) -> str | None:
+        """Return the commit that `revision` was last seen at; None when it never was."""
+        if revision is not None and COMMIT.fullmatch(revision):
+            return revision
+        try:
+            commit = (self.folder / "refs" / (revision or DEFAULT_REVISION)).read_text("ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return commit if COMMIT.fullmatch(commit) else None
+
+    def content(self, commit: str, file: RemoteFile) -> Path | None:
+        """Return a path with the whole content of `file`, None when there is none of the right size."""
+        for path in (self.snapshot(commit) / file.name, self.blob(file)):
+            with contextlib.suppress(OSError):
+                if path.stat().st_size == file.size:
+                    return path
+        return None
+
+    def bytes_missing(self, commit: str, files: Iterable[RemoteFile]) -> int:
+        """Return how many bytes of `files` are still to come."""
+        missing = {one.identity: one for one in files if self.content(commit, one) is None}
+        return sum(max(0, one.size - self.bytes_arrived(one)) for one in missing.values())
+
+    def bytes_arrived(self, file: RemoteFile) -> int:
+        """Return how many bytes of an unfinished `file` are here."""
+        try:
+            return self.partial(file).stat().st_size
+        except OSError:
+            return 0
+
+    def publish(self, listing: Listing, names: Iterable[str], revision: str | None) -> None:
+        """Give the blobs of `names` their names in the snapshot, then say where `revision` leads."""
+        snapshot = self.snapshot(listing.commit)
+        for name in names:
+            file = listing.files[name]
+            if self.content(listing.commit, file) != snapshot / name:
+                _link(self.blob(file), snapshot / name)
+        wanted = revision or DEFAULT_REVISION
+        if wanted != listing.commit and self.commit_of(revision) != listing.commit:
+            _write(self.folder / "refs" / wanted, listing.commit)
+
+    @property
+    def _folder_name(self) -> str:
+        return "--".join(["models", *self.repository.split("/")])
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that are free where `folder` is, or will be."""
+    while not os.path.exists(folder):
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _link(blob: Path, pointer: Path) -> None:
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    aside = pointer.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        aside.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:
+        # No symbolic links here: Windows without developer mode, some network disks.
+        try:
+            os.link(blob, aside)
+        except OSError:
+            shutil.copyfile(blob, aside)
+    os.replace(aside, pointer)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+    aside.write_text(text, "ascii")
+    os.replace(aside, file)
