@@ -155,9 +155,7 @@ def test_running_out_of_memory_becomes_a_resource_error(cause: Exception) -> Non
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(
-    "error", [SourceError("404"), ResourceError("too large"), KeyboardInterrupt(), SystemExit(3)]
-)
+@pytest.mark.parametrize("error", [SourceError("404"), ResourceError("too large"), KeyboardInterrupt(), SystemExit(3)])
 def test_our_own_errors_and_interrupts_pass_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
         with handle_exceptions("load"):

@@ -101,9 +101,7 @@ def test_each_wait_is_an_event_with_attempt_wait_and_reason(events: list[Event])
     assert events[0].fields["reason"] == "TransientSourceError: the hub said 503"
 
 
-def test_waits_are_jittered_below_a_doubling_ceiling(
-    events: list[Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waits_are_jittered_below_a_doubling_ceiling(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry.random, "uniform", lambda low, high: high if low == 0.0 else None)
     function, _ = failing(5, lambda: TimeoutError())
     retry_call(function, max_attempts=6, first_wait=1.0, max_wait=5.0)

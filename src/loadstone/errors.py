@@ -132,7 +132,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class handle_exceptions(ContextDecorator):  # noqa: N801 - reads as a verb, at `with` and as a decorator
+class handle_exceptions(ContextDecorator):
     """Translate foreign exceptions raised in a block, or in a decorated function, into `into`, keeping the cause.
 
     Loadstone's own errors pass unchanged, as do KeyboardInterrupt and SystemExit; running out of memory becomes

@@ -104,9 +104,7 @@ class LoadedModel:
             "context": plan.context,
             "max_context": spec.max_context,
             "template": template.origin if template is not None else None,
-            "sampling": {
-                name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()
-            },
+            "sampling": {name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()},
         }
 
 

@@ -86,9 +86,7 @@ class ModelManager:
 
     def _resolve(self) -> ModelFiles:
         wish = self.config.config.model
-        return resolve(
-            wish.base_model, revision=wish.revision, offline=wish.offline, retry=self.config.config.retry
-        )
+        return resolve(wish.base_model, revision=wish.revision, offline=wish.offline, retry=self.config.config.retry)
 
     def _plan(self, spec: ModelSpec) -> Plan:
         import torch

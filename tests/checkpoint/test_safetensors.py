@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import Folder, random_tensors, tiny_config
+
 from loadstone.checkpoint import inspect, open_weights
 from loadstone.checkpoint.safetensors import read_header
 from loadstone.errors import CheckpointError, ModelLoadError
-from safetensors.torch import load_file, save_file
-from tiny_models import Folder, random_tensors, tiny_config
 
 
 def write_raw(file: Path, header: Any, data: bytes = b"", *, pad: int = 0) -> Path:
@@ -34,7 +35,11 @@ def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
 
 def test_infos_place_each_tensor_where_the_reference_library_reads_it(tmp_path):
     file = tmp_path / "a.safetensors"
-    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.tensor(4, dtype=torch.int64)}
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.tensor(4, dtype=torch.int64),
+    }
     save_file(tensors, file, metadata={"format": "pt"})
     infos = read_header(file)
     assert set(infos) == set(load_file(file))
@@ -139,9 +144,7 @@ def consistent_or_refused(file: Path) -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    edits=st.lists(st.tuples(st.integers(0, len(_VALID) + 7), st.integers(0, 255)), min_size=1, max_size=6)
-)
+@given(edits=st.lists(st.tuples(st.integers(0, len(_VALID) + 7), st.integers(0, 255)), min_size=1, max_size=6))
 def test_any_changed_bytes_are_either_consistent_or_refused(tmp_path, edits):
     raw = bytearray(struct.pack("<Q", len(_VALID)) + _VALID + bytes(40))
     for place, value in edits:

@@ -10,11 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
+
 from loadstone.checkpoint import config_json
 from loadstone.checkpoint.architectures import find_architecture
 from loadstone.checkpoint.layout import expected_tensors
 from loadstone.sources.base import ModelFiles
-from safetensors.torch import save_file
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, INNER, VOCAB = 2, 4, 2, 64, 256, 512, 96
 
@@ -30,9 +31,9 @@ def tiny_config(model_type: str = "qwen2", **changes: Any) -> dict[str, Any]:
     config = {
         "model_type": model_type, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_SIZE,
-        "intermediate_size": INNER, "vocab_size": VOCAB, "max_position_embeddings": 1024, "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1,
-        "eos_token_id": 2,
+        "intermediate_size": INNER, "vocab_size": VOCAB, "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     return {**config, **changes}
 
@@ -54,9 +55,7 @@ class Folder:
 
     path: Path
 
-    def write(
-        self, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None, shards: int = 1
-    ) -> Folder:
+    def write(self, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None, shards: int = 1) -> Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(json.dumps(config), encoding="utf-8")
         tensors = random_tensors(config) if tensors is None else tensors

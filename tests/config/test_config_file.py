@@ -56,9 +56,7 @@ def test_no_file_at_all_means_the_defaults() -> None:
     assert manager.origin("model_config.quantization") == "default"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "# only a comment\n", "---\n", "~\n", "model_config:\n", "generation: ~\n"]
-)
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "~\n", "model_config:\n", "generation: ~\n"])
 def test_an_empty_file_or_section_means_the_defaults(text: str) -> None:
     manager = ConfigManager(write(Path("some.yaml"), text))
     assert manager.config == ConfigManager({}).config
@@ -172,9 +170,7 @@ def test_what_is_wrong_is_said_with_line_key_and_remedy(text: str, line: int, ke
         ("? [a]\n: 1\n", 1, "a key must be one word"),
     ],
 )
-def test_a_file_that_is_no_mapping_in_yaml_is_refused_with_its_line(
-    text: str | bytes, line: int, says: str
-) -> None:
+def test_a_file_that_is_no_mapping_in_yaml_is_refused_with_its_line(text: str | bytes, line: int, says: str) -> None:
     error = refused(text)
     assert says in str(error)
     assert error.line == line

@@ -55,9 +55,7 @@ def test_a_finished_config_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert manager.origin("model_config.device") == "default"
 
 
-def test_a_manager_made_from_a_manager_reads_nothing_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_manager_made_from_a_manager_reads_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = folder / "loadstone.yaml"
     file.write_text("model_config:\n  device: cuda\n")
     first = ConfigManager()
@@ -199,9 +197,7 @@ def test_a_wrong_value_in_a_variable_names_the_variable(monkeypatch: pytest.Monk
     monkeypatch.setenv("LOADSTONE_MODEL_CONFIG__MAX_MEMORY", "20 bananas")
     with pytest.raises(ConfigurationError) as caught:
         ConfigManager()
-    assert str(caught.value).startswith(
-        "LOADSTONE_MODEL_CONFIG__MAX_MEMORY: model_config.max_memory: '20 ban"
-    )
+    assert str(caught.value).startswith("LOADSTONE_MODEL_CONFIG__MAX_MEMORY: model_config.max_memory: '20 ban")
     assert caught.value.key == "model_config.max_memory"
     assert caught.value.file is None
 

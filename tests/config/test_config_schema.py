@@ -15,9 +15,7 @@ from loadstone.config import GenerationConfig, LoadConfig, LoadstoneConfig, Retr
 from loadstone.errors import ConfigurationError
 
 
-@pytest.mark.parametrize(
-    "device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15", "mps", "mps:0", "xpu:1", "npu"]
-)
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15", "mps", "mps:0", "xpu:1", "npu"])
 def test_devices_of_the_right_form_are_taken(device: str) -> None:
     assert LoadConfig(device=device).device == device
     assert LoadConfig(device=f" {device.upper()} ").device == device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,11 +23,11 @@ def _whole(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
 
 def _pieces(text: str, cuts: list[int]) -> list[str]:
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(places)]
 
 
 @given(_TEXT, _STOPS, st.lists(st.integers(0, 100), max_size=24))
-def test_any_cutting_gives_what_the_whole_text_gives(text: str, stops: tuple[str, ...], cuts: list[int]) -> None:
+def test_cutting_changes_nothing(text: str, stops: tuple[str, ...], cuts: list[int]) -> None:
     """Shown text and hit do not depend on where the pieces were cut."""
     watch = StopStrings(stops)
     shown = "".join(watch.push(piece)[0] for piece in _pieces(text, cuts)) + watch.flush()

@@ -14,9 +14,10 @@ from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.engine.text import TextStream
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+_PARTS = [" ", "  ", "hello", " hello", "你好", "世", "🎉", "👩‍👩‍👧‍👦", "é", "\n", _BROKEN]
 _TEXTS = st.one_of(
     st.text(max_size=40),
-    st.lists(st.sampled_from([" ", "  ", "hello", " hello", "你好", "世", "🎉", "👩‍👩‍👧‍👦", "é", "\n", _BROKEN])).map("".join),
+    st.lists(st.sampled_from(_PARTS)).map("".join),
 )
 
 
@@ -43,9 +44,7 @@ def _sentence_piece(strips: bool) -> Tokenizer:
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁helo你", "▁h", "el", "▁▁", "▁▁▁"]
     merges = [("▁", "h"), ("e", "l"), ("▁", "▁"), ("▁▁", "▁")]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     before = [normalizers.Prepend("▁")] if strips else []
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     after = [decoders.Strip(" ", 1, 0)] if strips else []

@@ -20,7 +20,7 @@ APPLE = Device("mps", 0, "Apple GPU", 24 * GB, 12 * GB)
 
 def machine(*, cuda: object = "no driver", mps: object = "not a Mac") -> DeviceManager:
     """Return the manager of a machine that has these devices, or lacks them for these reasons."""
-    return DeviceManager({"cuda": lambda: cuda, "mps": lambda: mps, "cpu": lambda: [CPU]})  # type: ignore[dict-item, return-value]
+    return DeviceManager({"cuda": lambda: cuda, "mps": lambda: mps, "cpu": lambda: [CPU]})
 
 
 def model(**changes: object) -> SimpleNamespace:
@@ -135,9 +135,7 @@ def test_new_kind_of_device_can_be_registered(monkeypatch: pytest.MonkeyPatch) -
     assert list(probes.known_probes()) == ["cuda", "mps", "toy", "cpu"]
 
 
-def test_broken_plug_in_keeps_nobody_from_the_processor(
-    monkeypatch: pytest.MonkeyPatch, events: list[Event]
-) -> None:
+def test_broken_plug_in_keeps_nobody_from_the_processor(monkeypatch: pytest.MonkeyPatch, events: list[Event]) -> None:
     plug_in = SimpleNamespace(name="npu", value="no_such_module:probe")
     monkeypatch.setattr(probes, "entry_points", lambda group: [plug_in])
     monkeypatch.setitem(probes._registered, "cuda", lambda: "none here")
@@ -195,9 +193,7 @@ def test_compatibility_is_of_the_best_device_unless_told() -> None:
         (Device("cuda", 0, "old", 24 * GB, 20 * GB), {}, "compute type", True),
     ],
 )
-def test_what_is_not_well_has_a_remedy(
-    device: Device, changes: dict[str, object], name: str, ok: bool
-) -> None:
+def test_what_is_not_well_has_a_remedy(device: Device, changes: dict[str, object], name: str, ok: bool) -> None:
     """`ok` tells whether the model can run all the same."""
     report = machine().validate_device_compatibility(model(**changes), device)
     bad = [check for check in report.checks if not check.ok]

@@ -29,12 +29,12 @@ def facts(index: int, *, has_kernels: bool = True, has_bfloat16: bool = True) ->
 def test_cuda_device_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_torch, "cuda_facts", lambda: [facts(0), facts(1, has_bfloat16=False)])
     first, second = cuda.probe()
-    assert (first.torch_name, first.free_bytes, first.capabilities) == (  # type: ignore[union-attr]
+    assert (first.torch_name, first.free_bytes, first.capabilities) == (
         "cuda:0",
         20 * GB,
         {"sm_89", "float16", "bfloat16"},
     )
-    assert "bfloat16" not in second.capabilities  # type: ignore[union-attr]
+    assert "bfloat16" not in second.capabilities
 
 
 def test_cuda_device_without_kernels_in_this_torch_is_passed_over_and_told(
@@ -47,7 +47,7 @@ def test_cuda_device_without_kernels_in_this_torch_is_passed_over_and_told(
         found = cuda.probe()
     finally:
         end()
-    assert [device.index for device in found] == [0]  # type: ignore[union-attr]
+    assert [device.index for device in found] == [0]
     assert [event.name for event in events] == ["hardware.warning"]
     assert "cuda:1" in events[0].fields["reason"]
 
@@ -86,8 +86,8 @@ def test_this_torch_answers_about_accelerators() -> None:
 def test_mps_shares_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_torch, "mps_memory", lambda: (10**15, 0))
     (device,) = mps.probe()
-    assert device.free_bytes < 10**15  # type: ignore[union-attr]
-    assert device.torch_name == "mps"  # type: ignore[union-attr]
+    assert device.free_bytes < 10**15
+    assert device.torch_name == "mps"
 
 
 def test_hardware_is_imported_and_the_processor_found_without_torch() -> None:

@@ -138,9 +138,7 @@ class FakeHub:
                 if fault and fault.status:
                     self._answer(fault.status, b"{}", fault.headers)
                 elif re.fullmatch(rf"/api/models/{hub.repository}(/revision/(main|{hub.commit}|v1))?", path):
-                    self._answer(
-                        200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"}
-                    )
+                    self._answer(200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"})
                 elif match := re.fullmatch(rf"/{hub.repository}/resolve/{hub.commit}/(.+)", path):
                     self._file(hub.files.get(match[1]), start, fault)
                 else:
@@ -160,9 +158,7 @@ class FakeHub:
                     place = f"bytes {start}-{len(data) - 1}/{len(data)}"
                     self._answer(206, data[start:], {"Content-Range": place}, fault)
 
-            def _answer(
-                self, status: int, body: bytes, headers: Mapping[str, str], fault: Fault | None = None
-            ) -> None:
+            def _answer(self, status: int, body: bytes, headers: Mapping[str, str], fault: Fault | None = None) -> None:
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)

@@ -93,9 +93,7 @@ def test_a_commit_that_another_program_fetched_in_part_is_completed(hub: FakeHub
     assert (resolve(MODEL, revision=hub.commit).folder / "tokenizer.json").is_file()
 
 
-def test_the_cache_works_on_disks_without_symbolic_links(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_works_on_disks_without_symbolic_links(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no symbolic links here")
 
@@ -124,9 +122,7 @@ def test_the_revision_is_asked_for_wherever_it_is_said(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("revision", ["../../etc", "a b", "", "x/../y"])
-def test_a_revision_that_cannot_be_one_is_refused_before_anything_is_asked(
-    hub: FakeHub, revision: str
-) -> None:
+def test_a_revision_that_cannot_be_one_is_refused_before_anything_is_asked(hub: FakeHub, revision: str) -> None:
     with pytest.raises(ConfigurationError):
         resolve(MODEL, revision=revision)
     assert hub.asked == []
@@ -220,9 +216,7 @@ def test_a_partial_file_that_is_already_whole_is_not_asked_for(hub: FakeHub, cac
 
 
 @pytest.mark.parametrize("wrong", [b"other bytes", SHARD + b"and more"], ids=["other", "longer"])
-def test_a_partial_file_with_other_content_is_fetched_from_its_start(
-    hub: FakeHub, cache: Path, wrong: bytes
-) -> None:
+def test_a_partial_file_with_other_content_is_fetched_from_its_start(hub: FakeHub, cache: Path, wrong: bytes) -> None:
     leave_partial(hub, cache, wrong)
     assert resolve(MODEL).weights[0].read_bytes() == SHARD
     assert hub.asked_for("model.safetensors")[-1].start is None
@@ -372,9 +366,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
-def test_offline_uses_the_cached_copy_and_asks_nothing(
-    hub: FakeHub, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_uses_the_cached_copy_and_asks_nothing(hub: FakeHub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     online = resolve(MODEL)
     hub.asked.clear()
     if how == "environment":

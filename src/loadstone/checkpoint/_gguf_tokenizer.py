@@ -90,9 +90,7 @@ class _Vocabulary:
     def of_type(self, *types: int) -> list[str]:
         """Return the tokens of these types, in the order of their ids, each once."""
         return list(
-            dict.fromkeys(
-                token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types and token
-            )
+            dict.fromkeys(token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types and token)
         )
 
     def ids(self, *, without: Sequence[int] = ()) -> dict[str, int]:
@@ -149,9 +147,7 @@ def _read_vocabulary(metadata: Mapping[str, Any], file: Path) -> _Vocabulary:
         if index is None or index == _NO_TOKEN:
             return None
         if not isinstance(index, int) or not 0 <= index < len(tokens):
-            raise CheckpointError(
-                f"tokenizer.ggml.{name}_token_id is {index}, of {len(tokens)} tokens.", file=file
-            )
+            raise CheckpointError(f"tokenizer.ggml.{name}_token_id is {index}, of {len(tokens)} tokens.", file=file)
         return index
 
     return _Vocabulary(tokens, types, special("bos"), special("eos"), special("unknown"))
@@ -170,9 +166,7 @@ def _find_splitting(metadata: Mapping[str, Any], architecture: str, file: Path) 
     return _SPLITTINGS[name]
 
 
-def _byte_level(
-    metadata: Mapping[str, Any], vocabulary: _Vocabulary, splitting: _Splitting
-) -> tokenizers.Tokenizer:
+def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, splitting: _Splitting) -> tokenizers.Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # The second half may itself begin with a space only if the first is not empty, hence the search from 1.
@@ -197,16 +191,12 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tok
     ids = vocabulary.ids()
     unknown = vocabulary.text(vocabulary.unknown) or next(iter(vocabulary.of_type(_UNKNOWN)), None)
     merges = _merges_from_scores(ids, vocabulary, metadata["tokenizer.ggml.scores"])
-    backend = Tokenizer(
-        models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    backend = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
     before = [normalizers.Prepend("▁")] if prefixed else []
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     after = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after])
     return backend
 
 
@@ -237,11 +227,7 @@ def _add_special(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None
     special = dict.fromkeys([*vocabulary.of_type(_CONTROL, _UNKNOWN), *named])
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.add_tokens(
-        [
-            AddedToken(t, special=False, normalized=False)
-            for t in vocabulary.of_type(_USER_DEFINED)
-            if t not in special
-        ]
+        [AddedToken(t, special=False, normalized=False) for t in vocabulary.of_type(_USER_DEFINED) if t not in special]
     )
 
 

@@ -32,10 +32,20 @@ class _Generation(Extension):
 class _Namespace(Namespace):
     """jinja2's `namespace`, which would otherwise take names with underscores, of Python's own machinery."""
 
+    def __init__(self, /, *pairs: Any, **named: Any) -> None:
+        attributes = dict(*pairs, **named)
+        for name in attributes:
+            _check_name(name)
+        super().__init__(attributes)
+
     def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"namespace attribute {name!r}")
+        _check_name(name)
         super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"namespace attribute {name!r}")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -55,11 +65,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise SecurityError(f"a number of {bits} bits")
         elif operator == "*":
             for times, repeated in ((left, right), (right, left)):
-                if (
-                    isinstance(times, int)
-                    and hasattr(repeated, "__len__")
-                    and times * len(repeated) > self.most_length
-                ):
+                if isinstance(times, int) and hasattr(repeated, "__len__") and times * len(repeated) > self.most_length:
                     raise SecurityError(f"a {type(repeated).__name__} of {times * len(repeated)} elements")
         return super().call_binop(context, operator, left, right)
 

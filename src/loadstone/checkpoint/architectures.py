@@ -74,12 +74,8 @@ def _load_plugins() -> None:
 
 for _built_in in (
     Architecture("llama", gguf_name="llama", gguf_permutes_rope=True),
-    Architecture(
-        "mistral", qkv_bias=False, sliding_window="always", gguf_name="llama", gguf_permutes_rope=True
-    ),
+    Architecture("mistral", qkv_bias=False, sliding_window="always", gguf_name="llama", gguf_permutes_rope=True),
     Architecture("qwen2", qkv_bias=True, sliding_window="optional", gguf_name="qwen2"),
-    Architecture(
-        "qwen3", query_key_norm=True, sliding_window="optional", default_head_size=128, gguf_name="qwen3"
-    ),
+    Architecture("qwen3", query_key_norm=True, sliding_window="optional", default_head_size=128, gguf_name="qwen3"),
 ):
     register_architecture(_built_in)

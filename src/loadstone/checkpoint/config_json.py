@@ -43,9 +43,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"it is not valid JSON: {error}", file=file, hint=_ANOTHER) from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"it holds a JSON {type(value).__name__}, not an object", file=file, hint=_ANOTHER
-        )
+        raise CheckpointError(f"it holds a JSON {type(value).__name__}, not an object", file=file, hint=_ANOTHER)
     return value
 
 
@@ -160,9 +158,7 @@ def _epsilon(config: Mapping[str, Any], file: Path) -> float:
     return float(value)
 
 
-def _head_size(
-    config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int, file: Path
-) -> int:
+def _head_size(config: Mapping[str, Any], architecture: Architecture, hidden: int, heads: int, file: Path) -> int:
     default = architecture.default_head_size
     if config.get("head_dim") is None and default is None and hidden % heads:
         raise CheckpointError(
@@ -171,9 +167,7 @@ def _head_size(
         )
     size = _count(config, "head_dim", file, default=default or hidden // heads)
     if size % 2:
-        raise CheckpointError(
-            f"the size of a head, {size}, is odd: its positions cannot be rotated", file=file
-        )
+        raise CheckpointError(f"the size of a head, {size}, is odd: its positions cannot be rotated", file=file)
     return size
 
 

@@ -56,9 +56,7 @@ def read_header(file: Path) -> GgufHeader:
         _damaged(file, "it does not start with GGUF")
     version = cursor.unpack("I")
     if version and version & 0xFFFF == 0:
-        raise CheckpointError(
-            "it is big-endian, which is not read", file=file, hint="Use a little-endian file."
-        )
+        raise CheckpointError("it is big-endian, which is not read", file=file, hint="Use a little-endian file.")
     if version not in (2, 3):
         raise CheckpointError(
             f"it is GGUF version {version}; read are 2 and 3", file=file, hint="Use a newer conversion."
@@ -95,9 +93,7 @@ class _Cursor:
     def skip(self, length: int) -> None:
         if length > self.size - self.place:
             missing = self.place + length - self.size
-            _damaged(
-                self.file, f"it is truncated or damaged: its header goes on {missing} bytes past its end"
-            )
+            _damaged(self.file, f"it is truncated or damaged: its header goes on {missing} bytes past its end")
         self.place += length
 
     def take(self, length: int) -> bytes:
@@ -112,9 +108,7 @@ class _Cursor:
         """Read how many things follow, each of at least `least` bytes."""
         number: int = self.unpack("Q")
         if number * least > self.size - self.place:
-            _damaged(
-                self.file, f"it is truncated or damaged: {number} entries cannot follow at byte {self.place}"
-            )
+            _damaged(self.file, f"it is truncated or damaged: {number} entries cannot follow at byte {self.place}")
         return number
 
     def text(self) -> str:
@@ -238,9 +232,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInf
             _damaged(cursor.file, f"tensor {name!r} appears twice")
         entries[name] = (shape, cursor.unpack("I"), cursor.unpack("Q"))
     data_start = -(-cursor.place // alignment) * alignment
-    tensors = {
-        name: _tensor(cursor.file, name, entry, data_start, alignment) for name, entry in entries.items()
-    }
+    tensors = {name: _tensor(cursor.file, name, entry, data_start, alignment) for name, entry in entries.items()}
     _check_places(cursor.file, tensors, cursor.size)
     return tensors
 

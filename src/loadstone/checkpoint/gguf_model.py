@@ -134,9 +134,7 @@ def _head_size(header: GgufHeader, prefix: str, config: Mapping[str, Any]) -> in
     size = header.metadata.get(f"{prefix}.attention.key_length")
     value_size = header.metadata.get(f"{prefix}.attention.value_length", size)
     if value_size != size:
-        _refuse(
-            header, f"its keys have {size!r} numbers a head and its values {value_size!r}; only equal is read"
-        )
+        _refuse(header, f"its keys have {size!r} numbers a head and its values {value_size!r}; only equal is read")
     if size is None and type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads == 0:
         size = hidden // heads
     rotated = header.metadata.get(f"{prefix}.rope.dimension_count", size)

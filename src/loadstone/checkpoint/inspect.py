@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loadstone.errors import CheckpointError
+from loadstone.telemetry import emit
 
 from . import config_json, gguf, gguf_model, safetensors
 from .architectures import Architecture
@@ -73,9 +74,7 @@ def _inspect_gguf(files: Files) -> ModelSpec:
     config = gguf_model.config_of(header, architecture)
     sizes = config_json.sizes_of(config, architecture, header.file)
     expected = expected_tensors(architecture, sizes)
-    found = {
-        name: _named_type(tensor, name in expected) for name, tensor in gguf_model.hub_tensors(header).items()
-    }
+    found = {name: _named_type(tensor, name in expected) for name, tensor in gguf_model.hub_tensors(header).items()}
     tensors = select_tensors(found, expected, gguf.READABLE_TYPES, header.file)
     generation = gguf_model.sampling_of(header)
     return _spec(files, architecture, sizes, tensors, config, generation, header.file)
@@ -94,8 +93,9 @@ def _spec(
     ends = config_json.token_ids(config.get("eos_token_id"), "eos_token_id", config_file)
     try:
         recommended = config_json.token_ids(generation.get("eos_token_id"), "eos_token_id", files.folder)
-    except CheckpointError:
+    except CheckpointError as error:
         recommended = ()  # generation_config.json only advises
+        emit("checkpoint.warning", reason=error.message, file=str(files.folder / "generation_config.json"))
     return ModelSpec(
         name=files.name,
         architecture=architecture,

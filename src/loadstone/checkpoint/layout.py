@@ -97,9 +97,7 @@ def select_tensors(
     """
     missing = [name for name in expected if name not in found]
     if missing:
-        raise CheckpointError(
-            f"{_listed(missing, 'tensor')} missing", file=place, hint=_missing_hint(missing)
-        )
+        raise CheckpointError(f"{_listed(missing, 'tensor')} missing", file=place, hint=_missing_hint(missing))
     types = tuple(readable)
     for name, shape in expected.items():
         tensor = found[name]
@@ -115,9 +113,7 @@ def select_tensors(
                 file=tensor.file,
                 hint="Use a file of the same model in one of these types.",
             )
-    unknown = [
-        name for name in found if name not in expected and name != LM_HEAD and not _HARMLESS.search(name)
-    ]
+    unknown = [name for name in found if name not in expected and name != LM_HEAD and not _HARMLESS.search(name)]
     if unknown:
         emit(
             "checkpoint.warning", reason="tensors not used by this architecture", count=len(unknown),

@@ -65,9 +65,7 @@ def _scaled(
     # The dynamic type stretches from the model's own length; the others may name the length before scaling.
     original = max_positions
     if kind in ("yarn", "llama3"):
-        named = config.get("original_max_position_embeddings") or given.get(
-            "original_max_position_embeddings"
-        )
+        named = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
         original = max_positions if named is None else _count(named, "original_max_position_embeddings", file)
     if kind != "linear":
         rope["original_max_position_embeddings"] = original
@@ -106,7 +104,5 @@ def _count(value: Any, key: str, file: Path) -> int:
 
 def _factors(values: Any, head_size: int, file: Path) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or len(values) != head_size // 2:
-        raise CheckpointError(
-            f"rope's factors are not {head_size // 2} numbers, half a head's size", file=file
-        )
+        raise CheckpointError(f"rope's factors are not {head_size // 2} numbers, half a head's size", file=file)
     return tuple(_number(value, "factors", file) for value in values)

@@ -39,9 +39,7 @@ def read_header(file: Path) -> Mapping[str, TensorInfo]:
             stream.seek(0)
             start = stream.read(_LENGTH_BYTES)
             if size < _LENGTH_BYTES:
-                _damaged(
-                    file, f"it has {size} bytes, fewer than the 8 that every safetensors file starts with"
-                )
+                _damaged(file, f"it has {size} bytes, fewer than the 8 that every safetensors file starts with")
             length = int.from_bytes(start, "little")
             _check_length(file, length, size, start + stream.read(len(_LFS_POINTER) - _LENGTH_BYTES))
             stream.seek(_LENGTH_BYTES)
@@ -50,18 +48,14 @@ def read_header(file: Path) -> Mapping[str, TensorInfo]:
         raise CheckpointError(f"it cannot be read: {error.strerror or error}", file=file) from error
     entries = _parse(file, raw)
     data_start = _LENGTH_BYTES + length
-    tensors = [
-        _tensor(file, name, entry, data_start) for name, entry in entries.items() if name != "__metadata__"
-    ]
+    tensors = [_tensor(file, name, entry, data_start) for name, entry in entries.items() if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_places(file, tensors, data_start, size)
     return {tensor.name: tensor for tensor in tensors}
 
 
 def _damaged(file: Path, reason: str, cause: Exception | None = None) -> NoReturn:
-    raise CheckpointError(
-        reason, file=file, hint="The file is damaged or incomplete: download it again."
-    ) from cause
+    raise CheckpointError(reason, file=file, hint="The file is damaged or incomplete: download it again.") from cause
 
 
 def _check_length(file: Path, length: int, size: int, start: bytes) -> None:
@@ -135,9 +129,7 @@ def _check_places(file: Path, tensors: list[TensorInfo], data_start: int, size: 
         if tensor.offset < expected:
             _damaged(file, f"tensor {tensor.name!r} overlaps the one before it")
         if tensor.offset > expected:
-            _damaged(
-                file, f"{tensor.offset - expected} bytes before tensor {tensor.name!r} belong to no tensor"
-            )
+            _damaged(file, f"{tensor.offset - expected} bytes before tensor {tensor.name!r} belong to no tensor")
         expected = tensor.offset + tensor.nbytes
     if expected > size:
         _damaged(file, f"it is truncated: it has {size} bytes and {expected - size} are missing")

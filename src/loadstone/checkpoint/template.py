@@ -104,9 +104,7 @@ def load_chat_template(spec: ModelSpec) -> ChatTemplate | None:
         raise CheckpointError(f"cannot be read: {error}", file=file, hint="Fetch the file again.") from error
     if (source := _choose(settings.get("chat_template"))) is not None:
         return ChatTemplate(source, special, "tokenizer_config.json")
-    if (
-        source := _choose(read_settings(spec.folder / "chat_template.json").get("chat_template"))
-    ) is not None:
+    if (source := _choose(read_settings(spec.folder / "chat_template.json").get("chat_template"))) is not None:
         return ChatTemplate(source, special, "chat_template.json")
     return None
 
@@ -137,9 +135,7 @@ def _choose(found: Any) -> str | None:
     named = {
         one["name"]: one["template"]
         for one in found
-        if isinstance(one, Mapping)
-        and isinstance(one.get("name"), str)
-        and isinstance(one.get("template"), str)
+        if isinstance(one, Mapping) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
     }
     return named.get("default", next(iter(named.values()), None))
 
@@ -225,6 +221,4 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # jinja2's own filter escapes for HTML, which models have not been trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -57,9 +57,7 @@ class Tokenizer:
         """Return a token as the vocabulary spells it; raises `ConfigurationError` for an unknown id."""
         found = self.backend.id_to_token(token_id) if token_id >= 0 else None
         if found is None:
-            raise ConfigurationError(
-                f"There is no token {token_id}; the tokenizer has {self.vocab_size} tokens."
-            )
+            raise ConfigurationError(f"There is no token {token_id}; the tokenizer has {self.vocab_size} tokens.")
         return found
 
 
@@ -89,9 +87,7 @@ def gguf_file(spec: ModelSpec) -> Path:
     """Return the file that holds a GGUF checkpoint's metadata: the only one, or the first of several."""
     files = sorted({tensor.file for tensor in spec.tensors.values()})
     if not files:
-        raise CheckpointError(
-            "the checkpoint has no tensors, so its metadata cannot be found.", file=spec.folder
-        )
+        raise CheckpointError("the checkpoint has no tensors, so its metadata cannot be found.", file=spec.folder)
     return files[0]
 
 

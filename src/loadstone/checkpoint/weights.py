@@ -175,9 +175,7 @@ def _no_warning_when_read_only(mapping: mmap.mmap) -> Iterator[None]:
         yield
 
 
-def _unpack(
-    tensor: TensorInfo, mapping: mmap.mmap, order: torch.Tensor | None, rows: slice | None
-) -> torch.Tensor:
+def _unpack(tensor: TensorInfo, mapping: mmap.mmap, order: torch.Tensor | None, rows: slice | None) -> torch.Tensor:
     import numpy as np
     import torch
 

@@ -56,11 +56,7 @@ def find_file(environ: Mapping[str, str]) -> Path | None:
             )
         return path
     home = environ.get("LOADSTONE_HOME")
-    folder = (
-        Path(os.path.expanduser(home))
-        if home
-        else platformdirs.user_config_path("loadstone", appauthor=False)
-    )
+    folder = Path(os.path.expanduser(home)) if home else platformdirs.user_config_path("loadstone", appauthor=False)
     return next((path for path in (*FOUND_BY_NAME, folder / "config.yaml") if os.path.lexists(path)), None)
 
 

@@ -127,9 +127,7 @@ def _read(path: Path) -> str:
         ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigurationError(
-            f"it cannot be read: {reason}", file=path, hint="Check its permissions."
-        ) from error
+        raise ConfigurationError(f"it cannot be read: {reason}", file=path, hint="Check its permissions.") from error
     if len(data) > _LARGEST_FILE:
         raise ConfigurationError(
             f"it is larger than {format_size(_LARGEST_FILE)}, so it is no configuration file",

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import GenerationError, LoadstoneError, ResourceError, is_out_of_memory
-from ..model import Decoder, Segment
+from loadstone.errors import GenerationError, LoadstoneError, ResourceError, is_out_of_memory
+from loadstone.model import Decoder, Segment
+
 from .request import Chunk, GenerationResult, Request, Timing, Usage
 from .sampling import Sampler
 from .stop import StopStrings
@@ -144,8 +145,13 @@ class Batcher:
             self._waiting.popleft()
             self._running.append(
                 Answer(
-                    request, Sampler(request.sampling, request.prompt), self._new_text(),
-                    StopStrings(request.sampling.stop), base, room, time.perf_counter(),
+                    request,
+                    Sampler(request.sampling, request.prompt),
+                    self._new_text(),
+                    StopStrings(request.sampling.stop),
+                    base,
+                    room,
+                    time.perf_counter(),
                 )  # fmt: skip
             )
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..checkpoint.template import ChatTemplate
-from ..checkpoint.tokenizer import Tokenizer
-from ..config import Sampling
-from ..model import Decoder
-from ..planner import Plan
+from loadstone.checkpoint.template import ChatTemplate
+from loadstone.checkpoint.tokenizer import Tokenizer
+from loadstone.config import Sampling
+from loadstone.model import Decoder
+from loadstone.planner import Plan
+
 from .batcher import Batcher
 from .request import GenerationResult, Request, Stream, Timing, Usage
 from .text import TextStream
@@ -58,9 +59,7 @@ class Engine:
             return self.tokenizer.encode(text, add_special_tokens=True)
         return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
 
-    def stream(
-        self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None
-    ) -> Stream:
+    def stream(self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None) -> Stream:
         """Start an answer and return its chunks as they are made."""
         tokens = self.encode(prompt, raw=raw, system=system)
         room = max(1, self.context - len(tokens))

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from ..config import Sampling
-from ..errors import GenerationError
+from loadstone.config import Sampling
+from loadstone.errors import GenerationError
 
 
 @dataclass(frozen=True)

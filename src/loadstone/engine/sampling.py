@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..config import Sampling
-from ..errors import GenerationError
+from loadstone.config import Sampling
+from loadstone.errors import GenerationError
 
 CANDIDATES = 1024  # sorted first when top-p alone cuts; all are sorted only when these do not reach p
 

@@ -17,9 +17,7 @@ class StopStrings:
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise ConfigurationError(
-                f"Stop strings must be texts that are not empty, not {stops!r}.", key="stop"
-            )
+            raise ConfigurationError(f"Stop strings must be texts that are not empty, not {stops!r}.", key="stop")
         self._stops = tuple(dict.fromkeys(stops))
         self._held = ""
         self._hit = False

@@ -77,9 +77,7 @@ class DeviceManager:
             hint=f"This machine has {here or 'no device that can be used'}. Set device to one, or to auto.",
         )
 
-    def validate_device_compatibility(
-        self, spec: ModelShape, device: Device | None = None
-    ) -> CompatibilityReport:
+    def validate_device_compatibility(self, spec: ModelShape, device: Device | None = None) -> CompatibilityReport:
         """Return whether `device` (the optimal one when None) can run the model, with remedies."""
         return check_compatibility(spec, self.detect_optimal_device() if device is None else device)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
-) -> torch.Tensor:
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
     """Return what the last T tokens of a sequence see: T × heads × head_size.
 
     `queries` is T × heads × head_size; `keys` and `values` are kv_heads × length × head_size and end with the T

@@ -11,11 +11,12 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from ..checkpoint.spec import ModelSpec
-from ..planner import Plan
-from ..quantization import Strategy, find_strategy
-from ..quantization.linear import Linear
-from ..telemetry import emit
+from loadstone.checkpoint.spec import ModelSpec
+from loadstone.planner import Plan
+from loadstone.quantization import Strategy, find_strategy
+from loadstone.quantization.linear import Linear
+from loadstone.telemetry import emit
+
 from .decoder import Decoder, Layer, Product
 from .rope import rope_tables
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from ..quantization.linear import Linear
+from loadstone.quantization.kernels.cpu import Tokens, cpu_kernels
+from loadstone.quantization.linear import Linear
+
 from .attention import attend
 from .cache import KVCache
 from .rope import rotate
 
-F = torch.nn.functional
+functional = torch.nn.functional
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,17 @@ class Segment:
 
 @dataclass
 class Product:
-    """A weight and its bias: y = x·Wᵀ + b."""
+    """A weight and its bias."""
 
     weight: Linear
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.weight(x)
-        return y if self.bias is None else y.add_(self.bias)
+    def __call__(
+        self, x: torch.Tensor, *, norm: torch.Tensor | None = None, epsilon: float = 0.0, gated: bool = False,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return f(x)·Wᵀ + bias + residual; see `Linear`."""
+        return self.weight(x, norm=norm, epsilon=epsilon, gated=gated, bias=self.bias, residual=residual)
 
 
 @dataclass
@@ -76,6 +82,10 @@ class Decoder:
     dtype: torch.dtype
     cache_dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        kernels = cpu_kernels() if self.device.type == "cpu" and self.dtype == torch.float32 else None
+        self.attention = kernels.attention(self.head_size, self.cache_dtype) if kernels is not None else None
+
     def new_cache(self, tokens: int) -> KVCache:
         """Return an empty KV cache for `tokens` tokens in all."""
         return KVCache(len(self.layers), self.kv_heads, tokens, self.head_size, self.device, self.cache_dtype)
@@ -109,61 +119,73 @@ class Decoder:
 
         `ids` are the new tokens of all segments, one after the other. Their keys and values are added to `cache`.
         """
-        batch = _Batch(segments, self.device)
+        batch = _Batch(segments, self)
+        epsilon = self.norm_epsilon
         x = self.embedding.lookup(torch.tensor(ids, device=self.device))
-        turn = (self.cosines[batch.positions].unsqueeze(1), self.sines[batch.positions].unsqueeze(1))
         for index, layer in enumerate(self.layers):
-            x = x + self._attention(layer, self._normed(x, layer.attention_norm), turn, batch, cache, index)
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            qkv = layer.query_key_value(x, norm=layer.attention_norm, epsilon=epsilon)
+            seen = batch.attend(qkv, layer, cache.keys[index], cache.values[index])
+            x = layer.output(seen, residual=x)
+            gate_up = layer.gate_up(x, norm=layer.mlp_norm, epsilon=epsilon)
+            x = layer.down(gate_up, gated=True, residual=x)
         if not every_token and len(segments) < len(ids):
             x = x[batch.last]
-        return self.head(self._normed(x, self.norm)).float()
-
-    def _attention(
-        self, layer: Layer, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], batch: _Batch,
-        cache: KVCache, index: int,
-    ) -> torch.Tensor:  # fmt: skip
-        heads, groups = self.heads, self.kv_heads
-        fused = layer.query_key_value(x).view(-1, heads + 2 * groups, self.head_size)
-        if layer.query_norm is None:
-            turned = rotate(fused[:, : heads + groups], *turn)
-            queries, keys = turned[:, :heads], turned[:, heads:]
-        else:
-            queries = rotate(self._normed(fused[:, :heads], layer.query_norm), *turn)
-            keys = rotate(self._normed(fused[:, heads : heads + groups], layer.key_norm), *turn)
-        values = fused[:, heads + groups :]
-        seen = batch.attend(queries, keys, values, cache.keys[index], cache.values[index], layer.window)
-        return layer.output(seen.reshape(x.shape[0], heads * self.head_size))
-
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.norm_epsilon)
+        return self.head(x, norm=self.norm, epsilon=epsilon).float()
 
 
 class _Batch:
-    """Where the tokens of one forward pass belong."""
+    """Where the tokens of one forward pass belong, and what they see.
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        self.segments = segments
-        positions: list[int] = []
-        for segment in segments:
-            positions.extend(range(segment.start, segment.start + segment.length))
-        self.positions = torch.tensor(positions, device=device)
-        self.last = torch.tensor([segment.length for segment in segments], device=device).cumsum(0) - 1
+    Single new tokens go through the CPU's attention kernel together, where there is one; chunks of a prompt, and
+    everything on other devices, go through torch, one sequence after the other.
+    """
 
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, all_keys: torch.Tensor,
-        all_values: torch.Tensor, window: int | None,
-    ) -> torch.Tensor:  # fmt: skip
-        """Add keys and values (N × kv_heads × head_size) to the cache, and return what the queries see."""
-        seen = torch.empty_like(queries)
-        at = 0
-        for segment in self.segments:
-            here = slice(at, at + segment.length)
-            stop = segment.base + segment.start + segment.length
-            all_keys[:, stop - segment.length : stop] = keys[here].transpose(0, 1)
-            all_values[:, stop - segment.length : stop] = values[here].transpose(0, 1)
-            past = (all_keys[:, segment.base : stop], all_values[:, segment.base : stop])
-            seen[here] = attend(queries[here].to(all_keys.dtype), *past, window)
-            at += segment.length
+    def __init__(self, segments: Sequence[Segment], decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.ends = list(accumulate(segment.length for segment in segments))
+        self.last = torch.tensor(self.ends, device=decoder.device) - 1
+        placed = list(zip(segments, self.ends, strict=True))
+        single = [(one, end) for one, end in placed if one.length == 1 and decoder.attention is not None]
+        self.by_torch = [(one, end) for one, end in placed if (one, end) not in single]
+        self.tokens = (
+            Tokens([end - 1 for _, end in single], [one.base for one, _ in single], [one.start for one, _ in single])
+            if single
+            else None
+        )
+
+    def attend(self, qkv: torch.Tensor, layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Add the tokens' keys and values to the cache, and return what they see: N × heads·head_size.
+
+        `qkv` is N × (heads + 2·kv_heads)·head_size; `keys` and `values` are kv_heads × places × head_size.
+        """
+        decoder = self.decoder
+        seen = qkv.new_empty(qkv.shape[0], decoder.heads * decoder.head_size)
+        if self.tokens is not None and decoder.attention is not None:
+            decoder.attention(
+                qkv, seen, self.tokens, keys, values, decoder.heads, decoder.cosines, decoder.sines,
+                window=layer.window, query_norm=layer.query_norm, key_norm=layer.key_norm,
+                epsilon=decoder.norm_epsilon,
+            )  # fmt: skip
+        for segment, end in self.by_torch:
+            rows = slice(end - segment.length, end)
+            seen[rows] = self._attend_segment(qkv[rows], layer, segment, keys, values)
         return seen
+
+    def _attend_segment(
+        self, qkv: torch.Tensor, layer: Layer, segment: Segment, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        decoder = self.decoder
+        heads, groups = decoder.heads, decoder.kv_heads
+        fused = qkv.view(-1, heads + 2 * groups, decoder.head_size)
+        queries, new_keys, new_values = fused.split((heads, groups, groups), 1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            shape, epsilon = (decoder.head_size,), decoder.norm_epsilon
+            queries = functional.rms_norm(queries, shape, layer.query_norm, epsilon)
+            new_keys = functional.rms_norm(new_keys, shape, layer.key_norm, epsilon)
+        positions = slice(segment.start, segment.start + segment.length)
+        turn = (decoder.cosines[positions].unsqueeze(1), decoder.sines[positions].unsqueeze(1))
+        stop = segment.base + positions.stop
+        keys[:, stop - segment.length : stop] = rotate(new_keys, *turn).transpose(0, 1)
+        values[:, stop - segment.length : stop] = new_values.transpose(0, 1)
+        past = (keys[:, segment.base : stop].to(qkv.dtype), values[:, segment.base : stop].to(qkv.dtype))
+        return attend(rotate(queries, *turn), *past, layer.window).reshape(segment.length, -1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from loadstone.errors import CheckpointError
 
 
 def rope_tables(
@@ -95,4 +95,11 @@ def _yarn_sharpness(rope: Mapping[str, Any], factor: float) -> float:
     return scale(1.0)
 
 
-_FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+_FREQUENCIES = {
+    "default": _default,
+    "factors": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

@@ -20,9 +20,8 @@ PARTS = ("linear", "lm_head", "embedding", "norm")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # Added to what a step needs, for what an allocator keeps between tensors of different sizes.
 ACTIVATION_MARGIN = 0.25
-# Tensors that the load holds at a time: the one being packed and the next being read, or two that are
-# stacked into one product (gate and up).
-TENSORS_IN_FLIGHT = 2
+# Weights that are read together and kept as one product: gate and up (q, k and v are smaller).
+STACKED = 2
 # What packing and unpacking a few rows at a time take on the processor, at most.
 ROWS_AT_A_TIME = 64 << 20
 
@@ -60,16 +59,13 @@ class Estimate:
         return max(self.load_peak_bytes, self.steady_bytes)
 
 
-def estimate_weights(
-    spec: ModelSpec, strategy: Strategy, settings: MemorySettings, device_kind: str
-) -> dict[str, int]:
+def estimate_weights(spec: ModelSpec, strategy: Strategy, settings: MemorySettings, device_kind: str) -> dict[str, int]:
     """Return the bytes of the weights as kept, by part; all parts are named, also those of 0 bytes.
 
     A tied embedding is kept once, as "embedding". What is not quantised stays on the processor in the type
-    that it is read in, and norms and biases in float32; elsewhere both are in the compute type.
+    that it is read in, elsewhere in the compute type; norms and biases are in the compute type everywhere.
     """
     compute = dtype_bytes(settings.compute_dtype)
-    is_cpu = device_kind == "cpu"
     parts = dict.fromkeys(PARTS, 0)
     for name, tensor in spec.tensors.items():
         part = spec.part_of(name)
@@ -77,10 +73,10 @@ def estimate_weights(
             continue
         if len(tensor.shape) == 2 and part != "norm":
             rows, columns = tensor.shape
-            number = _bytes_as_read(tensor) if is_cpu else compute
+            number = _bytes_unquantised(spec, tensor) if device_kind == "cpu" else compute
             parts[part] += strategy.weight_bytes(part, rows, columns, dtype_bytes=number)
         else:
-            parts["norm"] += tensor.elements * (_FLOAT if is_cpu else compute)
+            parts["norm"] += tensor.elements * compute
     return parts
 
 
@@ -96,44 +92,64 @@ def estimate_activations(
 
     Counts one layer, since each layer's results are given up before the next: its states, the scores of its
     attention, a packed weight made whole for a product (on the processor a few rows of it), and the logits
-    of the last position of each stream.
+    of the last position of each stream. Tables of positions are counted here too.
     """
+    compute = dtype_bytes(settings.compute_dtype)
     tokens = max(min(settings.prefill_chunk, context), streams)
     hidden = _HIDDEN_COPIES * spec.hidden_size
     rotated = 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_size  # before and after rotation
     inner = 3 * spec.intermediate_size  # gate, up and their product
-    scores = spec.heads * context
     logits = 2 * spec.vocab_size * streams  # and their probabilities
-    whole = _stacked(spec) * dtype_bytes(settings.compute_dtype)
-    unpacked = ROWS_AT_A_TIME if device_kind == "cpu" else whole
-    step = (tokens * (hidden + rotated + inner + scores) + logits) * _FLOAT + unpacked
+    if device_kind == "cpu":
+        # torch's attention on the processor makes scores block by block; only the mask is whole, as truth
+        # values and as numbers. A step of one token makes its own scores, and their softmax.
+        scores = tokens * context * (1 + _FLOAT) + 2 * spec.heads * context * _FLOAT
+        unpacked = ROWS_AT_A_TIME
+    else:
+        scores = tokens * spec.heads * context * _FLOAT
+        unpacked = _stacked(spec) * compute
+    positions = context * spec.head_size * compute  # cosines and sines, half a head each
+    step = (tokens * (hidden + rotated + inner) + logits) * _FLOAT + scores + unpacked + positions
     return round(step * (1 + ACTIVATION_MARGIN))
 
 
-def estimate_load(spec: ModelSpec, settings: MemorySettings, device_kind: str) -> int:
+def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings, device_kind: str) -> int:
     """Return the bytes that loading holds at its worst beside the weights already kept.
 
-    On the processor the largest tensors as read, and the rows being packed; elsewhere the largest weight
-    twice in the compute type, as it arrives and as it is stacked.
+    One product is made at a time: on the processor from its tensors as read, of which a few rows are being
+    packed; elsewhere from two copies in the compute type, as the tensors arrive and as they are stacked.
     """
+    outer = [tensor for name, tensor in spec.tensors.items() if spec.part_of(name) != "linear"]
     if device_kind != "cpu":
-        largest = max((tensor.elements for tensor in spec.tensors.values()), default=0)
-        return 2 * max(largest, _stacked(spec)) * dtype_bytes(settings.compute_dtype)
-    sizes = sorted(
-        (tensor.elements * _bytes_as_read(tensor) for tensor in spec.tensors.values()), reverse=True
-    )
-    return sum(sizes[:TENSORS_IN_FLIGHT]) + ROWS_AT_A_TIME
+        largest = max([_stacked(spec), *(tensor.elements for tensor in outer)])
+        return 2 * largest * dtype_bytes(settings.compute_dtype)
+
+    def held(tensor: TensorInfo) -> int:
+        narrowed = _bytes_unquantised(spec, tensor) if strategy.name == "none" and spec.format == "gguf" else 0
+        return tensor.elements * (_bytes_as_read(tensor) + narrowed)
+
+    inner = max((held(tensor) for tensor in _linear(spec)), default=0)
+    return max([STACKED * inner, *(held(tensor) for tensor in outer)]) + ROWS_AT_A_TIME
+
+
+def _linear(spec: ModelSpec) -> list[TensorInfo]:
+    return [tensor for name, tensor in spec.tensors.items() if spec.part_of(name) == "linear"]
 
 
 def _stacked(spec: ModelSpec) -> int:
-    """Return how many numbers the largest weight of a layer has when stacked with another of its kind."""
-    linear = [tensor.elements for name, tensor in spec.tensors.items() if spec.part_of(name) == "linear"]
-    return TENSORS_IN_FLIGHT * max(linear, default=0)
+    """Return how many numbers the largest product of a layer has."""
+    return STACKED * max((tensor.elements for tensor in _linear(spec)), default=0)
 
 
 def _bytes_as_read(tensor: TensorInfo) -> int:
     """Return the size of one number once read: what is packed in its file is unpacked to float32."""
     return _PLAIN_FLOATS.get(tensor.dtype, _FLOAT)
+
+
+def _bytes_unquantised(spec: ModelSpec, tensor: TensorInfo) -> int:
+    """Return the size of one number kept unquantised: as read, but GGUF's wider ones narrowed to 16 bits."""
+    size = _bytes_as_read(tensor)
+    return min(size, 2) if spec.format == "gguf" else size
 
 
 def dtype_bytes(name: str) -> int:
@@ -157,7 +173,7 @@ class Estimator:
         self._spec, self._settings, self._kind = spec, settings, device_kind
         self._streams, self._runtime = streams, runtime_bytes
         self._weights = estimate_weights(spec, strategy, settings, device_kind)
-        self._loading = estimate_load(spec, settings, device_kind)
+        self._loading = estimate_load(spec, strategy, settings, device_kind)
 
     def at(self, context: int) -> Estimate:
         """Return what `context` tokens a stream take."""
@@ -165,9 +181,7 @@ class Estimator:
         return Estimate(
             weight_bytes=self._weights,
             kv_bytes=estimate_kv(spec, settings, context=context, streams=streams),
-            activation_bytes=estimate_activations(
-                spec, settings, self._kind, context=context, streams=streams
-            ),
+            activation_bytes=estimate_activations(spec, settings, self._kind, context=context, streams=streams),
             runtime_bytes=self._runtime,
             load_peak_bytes=sum(self._weights.values()) + self._loading + self._runtime,
         )

@@ -123,9 +123,7 @@ class _Planning:
                 why = f" ({'; '.join(passed)})" if passed else ""
                 return self._fitting(name, f"quantization {name}: the best quality that fits{why}")
             passed.append(f"{name} needs {format_size(needed)}")
-        return self._fitting(
-            LADDER[-1], f"quantization {LADDER[-1]}: nothing larger fits ({'; '.join(passed)})"
-        )
+        return self._fitting(LADDER[-1], f"quantization {LADDER[-1]}: nothing larger fits ({'; '.join(passed)})")
 
     def _fitting(self, name: str, reason: str) -> Plan | None:
         estimator = self._estimator(name)
@@ -139,9 +137,7 @@ class _Planning:
             f"forced: needs {format_size(estimate.needed_bytes)} and {format_size(self.allowed)} is allowed; "
             "it may run out of memory"
         )
-        strategy = (
-            f"quantization {name}: {'the smallest' if self.wish.quantization == 'auto' else 'as asked'}"
-        )
+        strategy = f"quantization {name}: {'the smallest' if self.wish.quantization == 'auto' else 'as asked'}"
         asked = "as asked" if self.wish.context is not None else "the shortest, since nothing fits"
         reasons = (reason, strategy, f"context {self.shortest}: {asked}")
         return self._made(name, self.shortest, estimate, reasons, forced=True)

@@ -49,7 +49,7 @@ class BitsandbytesNf4(Linear):
         codes, state = bitsandbytes.quantize_4bit(joined, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
         return cls(codes, state)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = matmul_4bit(x, self.codes.t(), quant_state=self.state)
         return product
 

@@ -29,9 +29,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def quantize(
-        self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
-    ) -> Linear:
+    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
         """Return the product y = x·Wᵀ, kept this strategy's way.
 
         W is the `weights` (each rows × columns, any float dtype, on the CPU) stacked by rows, so that q, k and v can

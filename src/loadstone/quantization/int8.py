@@ -28,9 +28,7 @@ class Int8(Strategy):
     def weight_bytes(self, part: str, rows: int, columns: int, *, dtype_bytes: int = 2) -> int:
         return rows * columns + 4 * rows
 
-    def quantize(
-        self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
-    ) -> Linear:
+    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
         return quantize_int8(weights, device, dtype)
 
 

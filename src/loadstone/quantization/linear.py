@@ -15,6 +15,8 @@ from .codes import BLOCK
 from .kernels.cpu import CpuKernels, cpu_kernels
 from .reference import dequantize_nf4
 
+functional = torch.nn.functional
+
 TILE_NUMBERS = 4 << 20  # numbers dequantised at a time on the slow path: 16 MB as float32
 FEW_ROWS = 24  # up to here a float weight is faster read once by our loop than widened for torch's product
 
@@ -27,8 +29,27 @@ class Linear(ABC):
         self.columns = columns
 
     @abstractmethod
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x·Wᵀ, M × rows, for x of M × columns in the compute dtype."""
+
+    def __call__(
+        self, x: torch.Tensor, *, norm: torch.Tensor | None = None, epsilon: float = 0.0, gated: bool = False,
+        bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return f(x)·Wᵀ + bias + residual, M × rows.
+
+        f is nothing; or an RMS norm over each row with weights `norm`; or, for `gated`, silu of the first half of
+        each row (M × 2·columns) times the second. A form with a kernel for all of it overrides this.
+        """
+        if norm is not None:
+            x = functional.rms_norm(x, (self.columns,), norm, epsilon)
+        elif gated:
+            gate, up = x.chunk(2, -1)
+            x = functional.silu(gate).mul_(up)
+        y = self.multiply(x)
+        if bias is not None:
+            y = y.add_(bias)
+        return y if residual is None else y.add_(residual)
 
     @abstractmethod
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -65,21 +86,53 @@ def kernels_for(device: torch.device, columns: int) -> CpuKernels | None:
     return cpu_kernels() if device.type == "cpu" and columns % BLOCK == 0 else None
 
 
-class DenseLinear(Linear):
+class KernelLinear(Linear):
+    """A form that our CPU kernels multiply, with norm, gate, bias and residual in the same pass."""
+
+    kernels: CpuKernels | None
+    kind: str
+    scale = 1.0
+
+    @property
+    @abstractmethod
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W and its scales, as `CpuKernels.product` takes them."""
+
+    def by_kernel(self, x: torch.Tensor) -> bool:
+        """Tell whether the kernel is the best way to multiply x."""
+        return self.kernels is not None and x.dtype == torch.float32
+
+    def __call__(
+        self, x: torch.Tensor, *, norm: torch.Tensor | None = None, epsilon: float = 0.0, gated: bool = False,
+        bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        if self.kernels is None or not self.by_kernel(x):
+            return super().__call__(x, norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual)
+        return self.kernels.product(
+            self.kind, x.contiguous(), *self.packed, rows=self.rows, columns=self.columns, scale=self.scale,
+            norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual,
+        )  # fmt: skip
+
+
+class DenseLinear(KernelLinear):
     """W as floats: float32, bfloat16 or float16."""
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__(*weight.shape)
         self.weight = weight
         self.dtype = dtype
-        self._kernels = kernels_for(weight.device, self.columns) if dtype == torch.float32 else None
+        self.kind = str(weight.dtype).removeprefix("torch.")
+        self.kernels = kernels_for(weight.device, self.columns)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._kernels is not None and x.shape[0] <= FEW_ROWS:
-            return self._kernels.dense(x.contiguous(), self.weight)
-        if self.weight.dtype == x.dtype:
-            return torch.nn.functional.linear(x, self.weight)
-        return self._by_tiles(x)
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight, None
+
+    def by_kernel(self, x: torch.Tensor) -> bool:
+        return super().by_kernel(x) and x.shape[0] <= FEW_ROWS
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight) if self.weight.dtype == x.dtype else self._by_tiles(x)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"weight": self.weight}
@@ -91,19 +144,23 @@ class DenseLinear(Linear):
         return self.weight[ids].to(self.dtype)
 
 
-class Int8Linear(Linear):
+class Int8Linear(KernelLinear):
     """W as 8-bit numbers with one scale for each row: W ≈ weight · scales."""
+
+    kind = "int8"
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__(*weight.shape)
         self.weight = weight
         self.scales = scales
         self.dtype = dtype
-        self._kernels = kernels_for(weight.device, self.columns)
+        self.kernels = kernels_for(weight.device, self.columns)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._kernels is not None:
-            return self._kernels.int8(x.float().contiguous(), self.weight, self.scales).to(x.dtype)
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight, self.scales
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda:
             from ._bitsandbytes import int8_product
 
@@ -120,7 +177,7 @@ class Int8Linear(Linear):
         return (self.weight[ids].float() * self.scales[ids].unsqueeze(-1)).to(self.dtype)
 
 
-class Nf4Linear(Linear):
+class Nf4Linear(KernelLinear):
     """W as NF4 codes, two a byte, with a 16-bit absmax for each 64 and one float scale over all of them.
 
     The codes are laid out as bitsandbytes lays them out, so its kernels and ours read the same bytes. Sixteen bits
@@ -128,16 +185,20 @@ class Nf4Linear(Linear):
     of the absmax itself below 0.05 %.
     """
 
+    kind = "nf4"
+
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, scale: float) -> None:
         super().__init__(codes.shape[0], codes.shape[1] * 2)
         self.codes = codes
         self.absmax = absmax
         self.scale = scale
-        self._kernels = kernels_for(codes.device, self.columns)
+        self.kernels = kernels_for(codes.device, self.columns)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._kernels is not None:
-            return self._kernels.nf4(x.float().contiguous(), self.codes, self.absmax, self.scale).to(x.dtype)
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.codes, self.absmax
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
         return self._by_tiles(x)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:

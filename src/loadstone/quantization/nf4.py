@@ -29,9 +29,7 @@ class Nf4(Strategy):
             return rows * columns + 4 * rows
         return rows * columns // 2 + 2 * (rows * columns // BLOCK)
 
-    def quantize(
-        self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
-    ) -> Linear:
+    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
         if part != "linear" or weights[0].shape[1] % BLOCK:
             from .int8 import quantize_int8
 

@@ -22,9 +22,7 @@ class NoQuantization(Strategy):
     def weight_bytes(self, part: str, rows: int, columns: int, *, dtype_bytes: int = 2) -> int:
         return rows * columns * dtype_bytes
 
-    def quantize(
-        self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
-    ) -> Linear:
+    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
         import torch
 
         from .linear import DenseLinear

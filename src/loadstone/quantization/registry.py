@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from ..errors import ConfigurationError
+from loadstone.errors import ConfigurationError
+
 from .base import Strategy
 
 ALIASES = {"nf4": "4bit", "int8": "8bit", "bf16": "none", "fp16": "none", "fp32": "none"}

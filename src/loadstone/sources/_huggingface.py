@@ -257,9 +257,7 @@ def _refusal(response: Any, what: str, repository: str, endpoint: str) -> Source
             " `hf auth login` or set HF_TOKEN; a token that has run out is refused like this too.",
         )
     if status == 404:
-        return SourceError(
-            f"{what} does not exist: {answer}", hint="Check the name, and HF_ENDPOINT if it is set."
-        )
+        return SourceError(f"{what} does not exist: {answer}", hint="Check the name, and HF_ENDPOINT if it is set.")
     return SourceError(f"{what}: {answer}")
 
 

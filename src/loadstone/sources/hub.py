@@ -72,9 +72,7 @@ class HubReference:
         return cls(match["id"], wanted, match["variant"])
 
 
-def resolve_hub(
-    reference: HubReference, *, offline: bool = False, retry: RetryConfig | None = None
-) -> ModelFiles:
+def resolve_hub(reference: HubReference, *, offline: bool = False, retry: RetryConfig | None = None) -> ModelFiles:
     """Return the files of a model on the Hub, fetching those that are not in the cache.
 
     Raises SourceError when they cannot be had and why, CheckpointError when they are not a model's,
@@ -126,9 +124,7 @@ class _Fetch:
         try:
             return self._in_snapshot(commit)
         except (CheckpointError, OSError) as error:
-            raise SourceError(
-                f"{repository}: {reason} whole copy is in the cache: {error}", hint=hint
-            ) from error
+            raise SourceError(f"{repository}: {reason} whole copy is in the cache: {error}", hint=hint) from error
 
     def list_files(self) -> Listing:
         """Ask the Hub which files there are; once only when it is out of reach and a copy is cached."""

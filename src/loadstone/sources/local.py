@@ -42,9 +42,7 @@ def resolve_local(model: str) -> ModelFiles:
         if os.path.isfile(path):
             return _from_file(path)
     except OSError as error:
-        raise SourceError(
-            f"{path} cannot be read: {error.strerror}", hint="Check who may read it."
-        ) from error
+        raise SourceError(f"{path} cannot be read: {error.strerror}", hint="Check who may read it.") from error
     raise _not_there(path)
 
 
@@ -94,9 +92,7 @@ def _from_file(file: Path) -> ModelFiles:
     if file.suffix == ".safetensors":
         _need_config(file.parent)
         _need_whole(file)
-    return ModelFiles(
-        name=file.stem, folder=file.parent, weights=(file,), origin=f"file: {file}", revision=None
-    )
+    return ModelFiles(name=file.stem, folder=file.parent, weights=(file,), origin=f"file: {file}", revision=None)
 
 
 def _need_config(folder: Path) -> None:

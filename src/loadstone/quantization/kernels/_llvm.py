@@ -7,6 +7,8 @@ is one ctypes call with one pointer.
 from __future__ import annotations
 
 import ctypes
+import math
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +32,12 @@ def vector(element: Any, length: int) -> Any:
 def constants(element: Any, values: Sequence[float]) -> Any:
     """Return a vector of constants."""
     return ir.Constant(vector(element, len(values)), [ir.Constant(element, value) for value in values])
+
+
+def as_float32(value: float) -> float:
+    """Round to the nearest float32, which is what a constant of that type must be."""
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return float(rounded)
 
 
 class Kernel(ir.IRBuilder):  # type: ignore[misc]
@@ -99,6 +107,27 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
     def magnitude(self, value: Any) -> Any:
         """Return the absolute values of a vector of floats."""
         return self.intrinsic(f"llvm.fabs.v{value.type.count}f32", value.type, value)
+
+    def exponential(self, value: Any) -> Any:
+        """Return e to each element of a vector of floats, to about two units in the last place.
+
+        2ⁿ·2ᶠ with n whole goes into the exponent's bits, and 2ᶠ for f in [-½, ½] is a polynomial (Taylor's series
+        of eˣ to the seventh power). Below -87 the result is the smallest normal number, above 88 about 1.7e38.
+        """
+        kind, count = value.type, value.type.count
+        low, high = constants(F32, [-87.0] * count), constants(F32, [88.0] * count)
+        value = self.select(self.fcmp_ordered("<", value, low), low, value)
+        value = self.select(self.fcmp_ordered(">", value, high), high, value)
+        power = self.fmul(value, constants(F32, [as_float32(math.log2(math.e))] * count))
+        whole = self.intrinsic(f"llvm.rint.v{count}f32", kind, power)
+        # The fraction is taken in base e, in two parts, so that its error does not grow with the whole.
+        part = self.fma(whole, constants(F32, [-0.693359375] * count), value)
+        part = self.fma(whole, constants(F32, [as_float32(0.693359375 - math.log(2))] * count), part)
+        total = constants(F32, [as_float32(1 / math.factorial(7))] * count)
+        for order in range(6, -1, -1):
+            total = self.fma(total, part, constants(F32, [as_float32(1 / math.factorial(order))] * count))
+        bits = self.shl(self.fptosi(whole, vector(I32, count)), constants(I32, [23] * count))
+        return self.bitcast(self.add(self.bitcast(total, vector(I32, count)), bits), kind)
 
     def least(self, a: Any, b: Any) -> Any:
         """Return the smaller of two signed integers."""

@@ -5,51 +5,83 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ...telemetry import emit
+from loadstone.telemetry import emit
+
 from .openmp import openmp_symbols
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+WORDS = 24  # 64-bit words in a kernel's argument array
+_array = ctypes.c_int64 * WORDS
 _lock = threading.Lock()
 _found: list[CpuKernels | None] = []
 
+Run = Callable[[Any], None]
+
 
 class CpuKernels:
-    """Compiled products and quantisers. Tensors are contiguous and on the CPU; x and y are float32.
+    """Compiled products, quantisers and attention. Tensors are contiguous and on the CPU; x and y are float32.
 
     Calls are thread-safe: each makes its own scratch space.
     """
 
     def __init__(self) -> None:
-        from ._llvm import WORDS, Compiled, new_module
-        from .products import build_products
+        from ._llvm import Compiled, new_module
+        from .products import BEFORE, build_products
         from .quantizers import build_quantizers
 
         module = new_module()
         build_products(module)
         build_quantizers(module)
         self._compiled = Compiled(module, openmp_symbols())
-        self._array = ctypes.c_int64 * WORDS
-        names = ["nf4", "int8", *_NAMES.values(), *(f"quantize_nf4_{name}" for name in _NAMES.values())]
-        self._functions: dict[str, Callable[[Any], None]] = {name: self._compiled.function(name) for name in names}
+        names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
+        names += [f"quantize_nf4_{name}" for name in NAMES.values()]
+        self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
+        self._attention: dict[tuple[int, torch.dtype], AttentionKernel] = {}
 
-    def nf4(self, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return x·Wᵀ (M × N) for codes N × K/2 (uint8) and absmax N × K/64 (float16), times `scale`."""
-        return self._integer("nf4", x, codes, absmax, scale)
+    def product(
+        self, kind: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, *,
+        rows: int, columns: int, scale: float = 1.0, norm: torch.Tensor | None = None, epsilon: float = 0.0,
+        gated: bool = False, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return y = f(x)·Wᵀ + bias + residual, M × rows, for x of M × columns.
 
-    def int8(self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return x·Wᵀ (M × N) for a weight N × K (int8) and one float32 scale for each of its rows."""
-        return self._integer("int8", x, weight, scales, 1.0)
-
-    def dense(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return x·Wᵀ (M × N) for a weight N × K of float32, bfloat16 or float16; K is a multiple of 32."""
-        y = torch.empty(x.shape[0], weight.shape[0])
-        words = (x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), *weight.shape, x.shape[0], 0, 0, 0)
-        self._functions[_NAMES[weight.dtype]](self._array(*words, torch.get_num_threads()))
+        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`), "int8"
+        (rows × columns, one float32 scale a row), or a float type's name. f is nothing, an RMS norm with weights
+        `norm`, or for `gated` silu of the first half of each row of x (M × 2·columns) times the second.
+        """
+        count = x.shape[0]
+        y = torch.empty(count, rows)
+        before = ".normed" if norm is not None else ".gated" if gated else ""
+        if scales is not None:
+            scratch = torch.empty(count * columns, dtype=torch.int16)
+            more = torch.empty(count * columns // 64)
+        else:
+            scratch = torch.empty(count * columns) if before else x
+            more = scratch
+        self._functions[kind + before](
+            _array(
+                x.data_ptr(),
+                weight.data_ptr(),
+                _address(scales),
+                y.data_ptr(),
+                rows,
+                columns,
+                count,
+                scratch.data_ptr(),
+                more.data_ptr(),
+                _bits(scale),
+                torch.get_num_threads(),
+                _address(norm),
+                _bits(epsilon),
+                _address(bias),
+                _address(residual),
+            )  # fmt: skip
+        )
         return y
 
     def quantize_nf4(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,32 +90,92 @@ class CpuKernels:
         codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
         absmax = torch.empty(rows, columns // 64)
         words = (weight.data_ptr(), codes.data_ptr(), absmax.data_ptr(), rows * columns, 0, 0, 0, 0, 0, 0)
-        self._functions[f"quantize_nf4_{_NAMES[weight.dtype]}"](self._array(*words, torch.get_num_threads()))
+        self._functions[f"quantize_nf4_{NAMES[weight.dtype]}"](_array(*words, torch.get_num_threads()))
         return codes, absmax
 
-    def _integer(
-        self, name: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        count, columns = x.shape
-        rows = weight.shape[0]
-        y = torch.empty(count, rows)
-        numbers = torch.empty(count * columns, dtype=torch.int16)
-        x_scales = torch.empty(count * columns // 64)
-        (bits,) = struct.unpack("i", struct.pack("f", scale))
-        words = (
-            x.data_ptr(), weight.data_ptr(), scales.data_ptr(), y.data_ptr(), rows, columns, count,
-            numbers.data_ptr(), x_scales.data_ptr(), bits, torch.get_num_threads(),
-        )  # fmt: skip
-        self._functions[name](self._array(*words))
-        return y
+    def attention(self, head_size: int, cache_dtype: torch.dtype) -> AttentionKernel | None:
+        """Return attention for heads of this size over a cache of this type, or None when it cannot be had."""
+        if head_size % 16 or cache_dtype not in NAMES:
+            return None
+        with _lock:
+            key = (head_size, cache_dtype)
+            if key not in self._attention:
+                self._attention[key] = AttentionKernel(*key)
+            return self._attention[key]
+
+
+class AttentionKernel:
+    """Attention of single new tokens over the cache, for one head size and cache type."""
+
+    def __init__(self, head_size: int, cache_dtype: torch.dtype) -> None:
+        from ._llvm import Compiled, new_module
+        from .attention import build_attention
+
+        module = new_module()
+        build_attention(module, head_size, NAMES[cache_dtype])
+        self._compiled = Compiled(module, openmp_symbols())
+        self._run = self._compiled.function("attend")
+
+    def __call__(
+        self, qkv: torch.Tensor, out: torch.Tensor, tokens: Tokens, keys: torch.Tensor, values: torch.Tensor,
+        heads: int, cosines: torch.Tensor, sines: torch.Tensor, *, window: int | None = None,
+        query_norm: torch.Tensor | None = None, key_norm: torch.Tensor | None = None, epsilon: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Put the tokens' keys and values into the cache, and write what they see into `out`.
+
+        `qkv` (M × (heads + 2·groups)·size) is rotated in place; `out` is M × heads·size; `keys` and `values` are
+        groups × places × size; `cosines` and `sines` are positions × size/2.
+        """
+        groups, places, _ = keys.shape
+        self._run(
+            _array(
+                qkv.data_ptr(),
+                out.data_ptr(),
+                *tokens.addresses,
+                len(tokens),
+                keys.data_ptr(),
+                values.data_ptr(),
+                places,
+                heads,
+                torch.get_num_threads(),
+                groups,
+                cosines.data_ptr(),
+                sines.data_ptr(),
+                window or 0,
+                tokens.scratch.data_ptr(),
+                tokens.scratch.shape[1],
+                _address(query_norm),
+                _address(key_norm),
+                _bits(epsilon),
+            )  # fmt: skip
+        )
+
+
+class Tokens:
+    """Which rows are single new tokens, where their sequences begin in the cache, and at which position they are."""
+
+    def __init__(self, rows: Sequence[int], bases: Sequence[int], positions: Sequence[int]) -> None:
+        self._words = torch.tensor([rows, bases, positions], dtype=torch.int64)
+        longest = max(positions, default=0) + 1
+        self.scratch = torch.empty(torch.get_num_threads(), longest + 16)
+
+    def __len__(self) -> int:
+        return self._words.shape[1]
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the three lists are in memory."""
+        first, step = self._words.data_ptr(), 8 * len(self)
+        return first, first + step, first + 2 * step
 
 
 def cpu_kernels() -> CpuKernels | None:
     """Return the kernels, compiled and checked against torch on first use, or None with an event that says why."""
-    with _lock:
-        if not _found:
-            _found.append(_make())
-        return _found[0]
+    if not _found:
+        with _lock:
+            if not _found:
+                _found.append(_make())
+    return _found[0]
 
 
 def why_not() -> str | None:
@@ -111,20 +203,33 @@ def _make() -> CpuKernels | None:
 
 def _wrong(kernels: CpuKernels) -> str | None:
     """Compare each product with torch on a small matrix; return what disagrees, or None."""
+    from loadstone.quantization.reference import dequantize_nf4
+
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 192, generator=generator)
     weight = torch.randn(37, 192, generator=generator)
-    for dtype in _NAMES:
-        if not torch.allclose(kernels.dense(x, weight.to(dtype)), x @ weight.to(dtype).float().T, atol=1e-3):
-            return f"the {dtype} product disagrees with torch"
-    from ..reference import dequantize_nf4
-
+    size = {"rows": 37, "columns": 192}
+    for dtype, name in NAMES.items():
+        kept = weight.to(dtype)
+        if not torch.allclose(kernels.product(name, x, kept, **size), x @ kept.float().T, atol=1e-3):
+            return f"the {name} product disagrees with torch"
     codes, absmax = kernels.quantize_nf4(weight)
     half = absmax.half()
-    if not torch.allclose(kernels.nf4(x, codes, half, 1.0), x @ dequantize_nf4(codes, half, 1.0).T, atol=2e-2):
+    expected = x @ dequantize_nf4(codes, half, 1.0).T
+    if not torch.allclose(kernels.product("nf4", x, codes, half, **size), expected, atol=2e-2):
         return "the nf4 product disagrees with torch"
     whole = (weight * 20).round().clamp(-127, 127).to(torch.int8)
     scales = torch.rand(37, generator=generator)
-    if not torch.allclose(kernels.int8(x, whole, scales), x @ (whole.float() * scales[:, None]).T, atol=2e-1):
+    expected = x @ (whole.float() * scales[:, None]).T
+    if not torch.allclose(kernels.product("int8", x, whole, scales, **size), expected, atol=2e-1):
         return "the int8 product disagrees with torch"
     return None
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bits(value: float) -> int:
+    (bits,) = struct.unpack("i", struct.pack("f", value))
+    return int(bits)

@@ -5,16 +5,23 @@
 16383² fit a 32-bit sum, so nothing overflows and nothing is rounded inside a block: against float32 the result is
 off by about 6e-5, a fiftieth of what bfloat16 activations would cost.
 
-Argument words: 0 x (float32, M × K), 1 weights, 2 scales, 3 y (float32, M × N), 4 N, 5 K, 6 M, 7 and 8 scratch for
-the scaled activations (int16 M × K, float32 M × K/64), 9 a float: the scale of the whole matrix, 10 threads.
+What a decoder does just before and after a product is done here too, while the numbers are at hand: `name.normed`
+takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]; a bias and a residual are added to y.
+
+Argument words: 0 x (float32, M × K; gated: M × 2K), 1 weights, 2 scales, 3 y (float32, M × N), 4 N, 5 K, 6 M, 7 and
+8 scratch for the activations (int16 M × K and float32 M × K/64; for floats float32 M × K), 9 a float: the scale of
+the whole matrix, 10 threads, 11 the norm's weights (float32, K), 12 a float: the norm's epsilon, 13 bias (float32,
+N) or 0, 14 residual (float32, M × N) or 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from ..codes import NF4
-from ._llvm import F16, F32, I8, I16, I32, I64, Kernel, constants, vector
+from loadstone.quantization.codes import NF4
+
+from ._llvm import F16, F32, I8, I16, I32, I64, Kernel, as_float32, constants, vector
 
 LIMIT = 16383  # 15 bits: eight products of two such numbers fit a signed 32-bit sum
 BLOCK = 64
@@ -29,7 +36,7 @@ ORDER = [2 * (half + eight + j) + odd for odd in (0, 1) for eight in (0, 8) for 
 
 
 def build_products(module: Any) -> None:
-    """Add `nf4`, `int8`, `float32`, `bfloat16` and `float16`, each y = x·Wᵀ, to the module."""
+    """Add `nf4`, `int8`, `float32`, `bfloat16` and `float16` to the module, each plain, `.normed` and `.gated`."""
     _integer_product(module, "nf4", _nf4_block, weight_bits=4, order=ORDER)
     _integer_product(module, "int8", _int8_block, weight_bits=8, order=list(range(BLOCK)))
     for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
@@ -60,39 +67,91 @@ def _int8_block(k: Kernel, row: Any, block: Any) -> list[Any]:
 
 
 def _integer_product(module: Any, name: str, unpack: Any, *, weight_bits: int, order: list[int]) -> None:
-    scale = _scale_activations(module, f"{name}.scale", order)
     rows = {count: _integer_rows(module, f"{name}.rows{count}", unpack, weight_bits, count) for count in ROWS_AT_ONCE}
     worker = _tiles(module, f"{name}.worker", rows)
+    for suffix, before in BEFORE.items():
+        scale = _prepare(
+            module, f"{name}.prepare{suffix}", before, lambda k, index, values: _scaled(k, index, values, order)
+        )
+        k = Kernel(module, name + suffix)
+        k.call(scale, [k.arguments])
+        k.in_parallel(worker, k.argument(10))
+        k.done()
+
+
+# What is done to x before the product: each takes (kernel, row, K) and returns what gives 64 values from column c.
+Values = Callable[[Any], Any]
+
+
+def _plain(k: Kernel, m: Any, columns: Any) -> Values:
+    x = k.add(k.argument(0), k.mul(m, k.mul(columns, I64(4))))
+    return lambda c: k.get(x, c, vector(F32, BLOCK))
+
+
+def _normed(k: Kernel, m: Any, columns: Any) -> Values:
+    values, weights = _plain(k, m, columns), k.argument(11)
+    zeros = constants(F32, [0.0] * BLOCK)
+    squares = k.loop(I64(0), columns, BLOCK, lambda c, total: [k.fma(values(c), values(c), total)], zeros)[0]
+    mean = k.fdiv(k.sum(squares), k.sitofp(columns, F32))
+    root = k.intrinsic("llvm.sqrt.f32", F32, k.fadd(mean, k.argument_float(12)))
+    factor = k.splat(k.fdiv(F32(1.0), root), BLOCK)
+    return lambda c: k.fmul(k.fmul(values(c), factor), k.get(weights, c, vector(F32, BLOCK)))
+
+
+def _gated(k: Kernel, m: Any, columns: Any) -> Values:
+    gate = k.add(k.argument(0), k.mul(m, k.mul(columns, I64(8))))
+    up = k.add(gate, k.mul(columns, I64(4)))
+    one = constants(F32, [1.0] * BLOCK)
+
+    def values(c: Any) -> Any:
+        opened = k.get(gate, c, vector(F32, BLOCK))
+        silu = k.fdiv(opened, k.fadd(one, k.exponential(k.fneg(opened))))
+        return k.fmul(silu, k.get(up, c, vector(F32, BLOCK)))
+
+    return values
+
+
+BEFORE = {"": _plain, ".normed": _normed, ".gated": _gated}
+
+
+def _prepare(module: Any, name: str, before: Any, write: Any) -> Any:
+    """Write the activations that the product is to meet, a block of 64 at a time."""
     k = Kernel(module, name)
-    k.call(scale, [k.arguments])
-    k.in_parallel(worker, k.argument(10))
-    k.done()
+    columns, count = k.argument(5), k.argument(6)
 
+    def row(m: Any) -> None:
+        values = before(k, m, columns)
+        k.loop(I64(0), columns, BLOCK, lambda c: write(k, k.add(k.mul(m, columns), c), values(c)))
 
-def _scale_activations(module: Any, name: str, order: list[int]) -> Any:
-    """Write each block of 64 activations as 15-bit numbers in `order`, and their scale."""
-    k = Kernel(module, name)
-    x, columns, count, numbers, scales = (k.argument(index) for index in (0, 5, 6, 7, 8))
-    wide = vector(F32, BLOCK)
-
-    def block(index: Any) -> None:
-        values = k.get(x, index, wide)
-        most = k.largest(k.magnitude(values))
-        factor = k.select(k.fcmp_ordered(">", most, F32(1e-30)), k.fdiv(F32(LIMIT), most), F32(0.0))
-        rounded = k.intrinsic("llvm.rint.v64f32", wide, k.fmul(values, k.splat(factor, BLOCK)))
-        small = k.trunc(k.fptosi(rounded, vector(I32, BLOCK)), vector(I16, BLOCK))
-        k.put(k.pick(small, small, order), numbers, index)
-        k.put(k.fmul(most, F32(1.0 / LIMIT)), scales, k.udiv(index, I64(BLOCK)))
-
-    k.loop(I64(0), k.mul(columns, count), BLOCK, block)
+    k.loop(I64(0), count, 1, row)
     return k.done()
+
+
+def _scaled(k: Kernel, index: Any, values: Any, order: list[int]) -> None:
+    """Write 64 activations as 15-bit numbers in `order`, and their scale."""
+    most = k.largest(k.magnitude(values))
+    factor = k.select(k.fcmp_ordered(">", most, F32(as_float32(1e-30))), k.fdiv(F32(LIMIT), most), F32(0.0))
+    rounded = k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), k.fmul(values, k.splat(factor, BLOCK)))
+    small = k.trunc(k.fptosi(rounded, vector(I32, BLOCK)), vector(I16, BLOCK))
+    k.put(k.pick(small, small, order), k.argument(7), index)
+    k.put(k.fmul(most, F32(as_float32(1.0 / LIMIT))), k.argument(8), k.udiv(index, I64(BLOCK)))
+
+
+def _put_result(k: Kernel, value: Any, line: Any, row: Any) -> None:
+    """Write one number of y, with its bias and residual."""
+    place = k.add(k.mul(line, k.argument(4)), row)
+    y, bias, residual = k.argument(3), k.argument(13), k.argument(14)
+    k.put(value, y, place)
+    for address, index in ((bias, row), (residual, place)):
+        with k.if_then(k.icmp_signed("!=", address, I64(0))):
+            k.put(k.fadd(k.get(y, place, F32), k.get(address, index, F32)), y, place)
 
 
 def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: int) -> Any:
     """Multiply rows [r0, r1) of W with `count` rows of x from m0 on."""
     k = Kernel(module, name, extra=3)
     first, last, m0 = k.extra
-    weights, scales, y, n, columns, numbers, x_scales = (k.argument(index) for index in (1, 2, 3, 4, 5, 7, 8))
+    weights, scales, columns, numbers, x_scales = (k.argument(index) for index in (1, 2, 5, 7, 8))
     whole = k.argument_float(9)
     blocks = k.udiv(columns, I64(BLOCK))
     row_bytes = k.udiv(k.mul(columns, I64(weight_bits)), I64(8))
@@ -105,9 +164,7 @@ def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: 
 
         def block(b: Any, *sums: Any) -> list[Any]:
             values = unpack(k, here, b)
-            per_block = (
-                k.fpext(k.get(scales, k.add(k.mul(r, blocks), b), F16), F32) if weight_bits == 4 else None
-            )
+            per_block = k.fpext(k.get(scales, k.add(k.mul(r, blocks), b), F16), F32) if weight_bits == 4 else None
             following = []
             for j in range(count):
                 total = None
@@ -125,9 +182,11 @@ def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: 
             return following
 
         sums = k.loop(I64(0), blocks, 1, block, *[constants(F32, [0.0] * 8)] * count)
-        per_row = k.fmul(whole, k.get(scales, r, F32)) if weight_bits == 8 else k.fmul(whole, F32(1.0 / LIMIT))
+        per_row = (
+            k.fmul(whole, k.get(scales, r, F32)) if weight_bits == 8 else k.fmul(whole, F32(as_float32(1.0 / LIMIT)))
+        )
         for j in range(count):
-            k.put(k.fmul(k.sum(sums[j]), per_row), y, k.add(k.mul(lines[j], n), r))
+            _put_result(k, k.fmul(k.sum(sums[j]), per_row), lines[j], r)
 
     k.loop(first, last, 1, row)
     return k.done()
@@ -136,9 +195,19 @@ def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: 
 def _float_product(module: Any, name: str, size: int) -> None:
     rows = {count: _float_rows(module, f"{name}.rows{count}", name, size, count) for count in ROWS_AT_ONCE}
     worker = _tiles(module, f"{name}.worker", rows)
-    k = Kernel(module, name)
-    k.in_parallel(worker, k.argument(10))
-    k.done()
+    for suffix, before in BEFORE.items():
+        k = Kernel(module, name + suffix)
+        if suffix:  # plain rows are multiplied where they are: the caller gives x itself as the scratch
+            k.call(_float_prepare(module, suffix, before), [k.arguments])
+        k.in_parallel(worker, k.argument(10))
+        k.done()
+
+
+def _float_prepare(module: Any, suffix: str, before: Any) -> Any:
+    name = f"floats.prepare{suffix}"
+    if name in module.globals:
+        return module.globals[name]
+    return _prepare(module, name, before, lambda k, index, values: k.put(values, k.argument(7), index))
 
 
 def load_floats(k: Kernel, name: str, base: Any, index: Any, length: int) -> Any:
@@ -154,7 +223,7 @@ def load_floats(k: Kernel, name: str, base: Any, index: Any, length: int) -> Any
 def _float_rows(module: Any, name: str, kind: str, size: int, count: int) -> Any:
     k = Kernel(module, name, extra=3)
     first, last, m0 = k.extra
-    x, weights, y, n, columns = (k.argument(index) for index in (0, 1, 3, 4, 5))
+    x, weights, columns = (k.argument(index) for index in (7, 1, 5))
     lines = [k.add(m0, I64(j)) for j in range(count)]
     x_rows = [k.add(x, k.mul(line, k.mul(columns, I64(4)))) for line in lines]
 
@@ -174,7 +243,7 @@ def _float_rows(module: Any, name: str, kind: str, size: int, count: int) -> Any
         sums = k.loop(I64(0), columns, 32, step, *[constants(F32, [0.0] * 8)] * (4 * count))
         for j in range(count):
             a, b, c, d = sums[4 * j : 4 * j + 4]
-            k.put(k.sum(k.fadd(k.fadd(a, b), k.fadd(c, d))), y, k.add(k.mul(lines[j], n), r))
+            _put_result(k, k.sum(k.fadd(k.fadd(a, b), k.fadd(c, d))), lines[j], r)
 
     k.loop(first, last, 1, row)
     return k.done()
@@ -191,7 +260,9 @@ def _tiles(module: Any, name: str, rows: dict[int, Any]) -> Any:
         done = I64(0)
         for group in ROWS_AT_ONCE:
             upto = k.and_(count, I64(-group))
-            k.loop(done, upto, group, lambda m, group=group: k.call(rows[group], [k.arguments, first, last, m]) and None)
+            k.loop(
+                done, upto, group, lambda m, group=group: k.call(rows[group], [k.arguments, first, last, m]) and None
+            )
             done = upto
 
     k.loop(start, stop, TILE, tile)

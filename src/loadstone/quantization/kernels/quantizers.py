@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..codes import BLOCK, NF4
-from ._llvm import F32, I8, I32, I64, Kernel, constants, vector
+from loadstone.quantization.codes import BLOCK, NF4
+
+from ._llvm import F32, I8, I32, I64, Kernel, as_float32, constants, vector
 from .products import load_floats
 
 SHARE = 64 * 64  # weights that one thread takes at least
@@ -36,7 +37,7 @@ def _quantizer(module: Any, kind: str) -> None:
         scaled = k.fmul(values, k.splat(factor, BLOCK))
         found = constants(I32, [0] * BLOCK)
         for middle in middles:
-            above = k.fcmp_ordered(">", scaled, k.splat(F32(_as_float32(middle)), BLOCK))
+            above = k.fcmp_ordered(">", scaled, k.splat(F32(as_float32(middle)), BLOCK))
             found = k.sub(found, k.sext(above, vector(I32, BLOCK)))
         small = k.trunc(found, vector(I8, BLOCK))
         even = k.pick(small, small, range(0, BLOCK, 2))
@@ -49,11 +50,3 @@ def _quantizer(module: Any, kind: str) -> None:
     entry = Kernel(module, f"quantize_nf4_{kind}")
     entry.in_parallel(worker, entry.argument(10))
     entry.done()
-
-
-def _as_float32(value: float) -> float:
-    """Round to the nearest float32, which is what an IR float constant must be."""
-    import struct
-
-    (rounded,) = struct.unpack("f", struct.pack("f", value))
-    return float(rounded)
