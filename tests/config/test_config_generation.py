@@ -55,7 +55,7 @@ def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
 def test_nobody_saying_anything_gives_the_defaults() -> None:
     sampling, origins = resolve_generation([])
     assert sampling == Sampling()
-    assert not sampling.greedy
+    assert sampling.greedy
     assert set(origins.values()) == {"default"}
     assert set(origins) == set(Sampling.__dataclass_fields__)
 

@@ -62,7 +62,7 @@ def reference(folder: Path) -> Any:
 
 
 def planned(
-    files: ModelFiles, *, strategy: str = "none", context: int | None = None, settings: MemorySettings = SETTINGS
+    files: ModelFiles, *, strategy: str = "none", context: int | None = 256, settings: MemorySettings = SETTINGS
 ) -> tuple[ModelSpec, Plan]:
     spec = inspect(files)
     wish = LoadConfig(base_model=files.name, quantization=strategy, context=context)

@@ -27,8 +27,8 @@ class GenerationConfig(Wish):
     """The most tokens that an answer may have; 512 where nobody says."""
 
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False, examples=["0.7"])
-    """What logits are divided by before sampling: 0 is greedy (always the likeliest token), 1 the model as
-    it is."""
+    """What logits are divided by before sampling: 0, where nobody says, is greedy (always the likeliest
+    token), 1 the model as it is."""
 
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False, examples=["0.9"])
     """Sample only from the likeliest tokens that together have this probability; 1, where nobody says, is
@@ -79,11 +79,10 @@ class GenerationConfig(Wish):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is made: every value decided. The defaults are the model's own distribution,
-    untouched."""
+    """How an answer is made: every value decided. The default is greedy: the same prompt, the same answer."""
 
     max_new_tokens: int = 512
-    temperature: float = 1.0
+    temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0

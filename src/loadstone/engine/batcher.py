@@ -152,7 +152,7 @@ class Batcher:
                     base,
                     room,
                     time.perf_counter(),
-                )  # fmt: skip
+                )
             )
 
     def _drop_cancelled(self) -> None:

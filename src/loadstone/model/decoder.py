@@ -177,7 +177,7 @@ class _Batch:
         decoder = self.decoder
         heads, groups = decoder.heads, decoder.kv_heads
         fused = qkv.view(-1, heads + 2 * groups, decoder.head_size)
-        queries, new_keys, new_values = fused.split((heads, groups, groups), 1)
+        queries, new_keys, new_values = torch.split(fused, [heads, groups, groups], 1)
         if layer.query_norm is not None and layer.key_norm is not None:
             shape, epsilon = (decoder.head_size,), decoder.norm_epsilon
             queries = functional.rms_norm(queries, shape, layer.query_norm, epsilon)

@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al. 2021) and the ways in which checkpoints stretch them.
 
-`linear` divides positions (Chen et al. 2023); `llama3` divides low frequencies only (Llama 3.1's config); `yarn`
+`linear` divides positions (Chen et al. 2023); `dynamic` enlarges theta for a context beyond the trained one; `llama3` divides low frequencies only (Llama 3.1's config); `yarn`
 blends both by wavelength and sharpens attention (Peng et al. 2023). Factors given outright (GGUF's rope_freqs)
 divide frequency by frequency.
 """
@@ -51,13 +51,15 @@ def _linear(frequencies: torch.Tensor, rope: Mapping[str, Any], positions: int) 
 
 
 def _dynamic(frequencies: torch.Tensor, rope: Mapping[str, Any], positions: int) -> tuple[torch.Tensor, float]:
-    trained = int(rope.get("original_max_position_embeddings") or rope["max_position_embeddings"])
-    if positions > trained:
-        raise CheckpointError(
-            f"this model stretches positions dynamically beyond {trained} tokens, which is not done here",
-            hint=f"Set `context` to {trained} or less.",
-        )
-    return frequencies, 1.0
+    trained = int(rope["original_max_position_embeddings"])
+    if positions <= trained:
+        return frequencies, 1.0
+    # The stretch should grow with each text, but keys that are in the cache are already turned: it is the one that
+    # the longest text needs, for all.
+    factor, half = float(rope["factor"]), len(frequencies)
+    grown = factor * positions / trained - (factor - 1)
+    exponents = torch.arange(half, dtype=torch.float32) / max(half - 1, 1)
+    return frequencies / grown**exponents, 1.0
 
 
 def _llama3(frequencies: torch.Tensor, rope: Mapping[str, Any], positions: int) -> tuple[torch.Tensor, float]:

@@ -102,10 +102,7 @@ class _Planning:
     def decide(self) -> Plan:
         """Return the plan, forced where that was asked for, or raise ResourceError."""
         asked = None if self.wish.quantization == "auto" else find_strategy(self.wish.quantization).name
-        if asked is None:
-            choice = self._best_quality()
-        else:
-            choice = self._fitting(asked, f"quantization {asked}: as asked")
+        choice = self._fitting(asked, f"quantization {asked}: as asked") if asked else self._best_quality()
         if choice is not None:
             return choice
         wanted = asked or LADDER[-1]

@@ -17,7 +17,7 @@ from .linear import Linear
 
 
 def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weights (rows × columns, `dtype`) for codes rows × columns/2 and absmax rows × columns/64 (float32)."""
+    """Return the weights, rows × columns, for codes rows × columns/2 and a float32 absmax rows × columns/64."""
     shape = (codes.shape[0], codes.shape[1] * 2)
     flat = codes.contiguous().view(-1, 1)
     found: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(

@@ -1,4 +1,4 @@
-"""The sixteen values of NF4 (QLoRA, Dettmers et al. 2023, appendix E): quantiles of a normal distribution, in [-1, 1]."""
+"""The sixteen values of NF4: quantiles of a normal distribution in [-1, 1] (QLoRA, Dettmers et al. 2023)."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

@@ -80,7 +80,7 @@ class CpuKernels:
                 _bits(epsilon),
                 _address(bias),
                 _address(residual),
-            )  # fmt: skip
+            )
         )
         return y
 
@@ -147,7 +147,7 @@ class AttentionKernel:
                 _address(query_norm),
                 _address(key_norm),
                 _bits(epsilon),
-            )  # fmt: skip
+            )
         )
 
 
@@ -208,20 +208,23 @@ def _wrong(kernels: CpuKernels) -> str | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 192, generator=generator)
     weight = torch.randn(37, 192, generator=generator)
-    size = {"rows": 37, "columns": 192}
+
+    def product(kind: str, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        return kernels.product(kind, x, weight, scales, rows=37, columns=192)
+
     for dtype, name in NAMES.items():
         kept = weight.to(dtype)
-        if not torch.allclose(kernels.product(name, x, kept, **size), x @ kept.float().T, atol=1e-3):
+        if not torch.allclose(product(name, kept), x @ kept.float().T, atol=1e-3):
             return f"the {name} product disagrees with torch"
     codes, absmax = kernels.quantize_nf4(weight)
     half = absmax.half()
     expected = x @ dequantize_nf4(codes, half, 1.0).T
-    if not torch.allclose(kernels.product("nf4", x, codes, half, **size), expected, atol=2e-2):
+    if not torch.allclose(product("nf4", codes, half), expected, atol=2e-2):
         return "the nf4 product disagrees with torch"
     whole = (weight * 20).round().clamp(-127, 127).to(torch.int8)
     scales = torch.rand(37, generator=generator)
     expected = x @ (whole.float() * scales[:, None]).T
-    if not torch.allclose(kernels.product("int8", x, whole, scales, **size), expected, atol=2e-1):
+    if not torch.allclose(product("int8", whole, scales), expected, atol=2e-1):
         return "the int8 product disagrees with torch"
     return None
 

@@ -259,10 +259,12 @@ def _tiles(module: Any, name: str, rows: dict[int, Any]) -> Any:
         last = k.least(k.add(first, I64(TILE)), stop)
         done = I64(0)
         for group in ROWS_AT_ONCE:
+
+            def some_rows(m: Any, group: int = group) -> None:
+                k.call(rows[group], [k.arguments, first, last, m])
+
             upto = k.and_(count, I64(-group))
-            k.loop(
-                done, upto, group, lambda m, group=group: k.call(rows[group], [k.arguments, first, last, m]) and None
-            )
+            k.loop(done, upto, group, some_rows)
             done = upto
 
     k.loop(start, stop, TILE, tile)

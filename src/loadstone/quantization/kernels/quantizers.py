@@ -7,6 +7,7 @@ in the high nibble), 2 absmax (float32, one for 64), 3 how many weights, 10 thre
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from loadstone.quantization.codes import BLOCK, NF4
@@ -28,7 +29,7 @@ def _quantizer(module: Any, kind: str) -> None:
     k = Kernel(module, f"quantize.{kind}.worker")
     weights, codes, absmax, count = (k.argument(index) for index in range(4))
     start, stop = k.share(count, SHARE)
-    middles = [(a + b) / 2 for a, b in zip(NF4, NF4[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(NF4)]
 
     def block(index: Any) -> None:
         values = load_floats(k, kind, weights, index, BLOCK)
