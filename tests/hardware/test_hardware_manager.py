@@ -155,7 +155,6 @@ def test_one_manager_a_process() -> None:
     [
         (CPU, ("float32", "float16", 128, 8)),
         (Device("cpu", None, "x", 1, 1, 4, frozenset({"avx512_bf16"})), ("float32", "float16", 128, 4)),
-        (Device("cpu", None, "x", 1, 1, 4, frozenset({"amx_bf16"})), ("bfloat16", "bfloat16", 512, 4)),
         (LARGE, ("bfloat16", "bfloat16", 2048, 0)),
         (SMALL, ("float16", "float16", 2048, 0)),
         (APPLE, ("float16", "float16", 512, 0)),

@@ -108,6 +108,20 @@ def test_answers_made_together_are_as_alone(pair: Pair) -> None:
     assert tiny.difference(logits[3:], pair.wanted(late)[-1:]) < TOLERANCE
 
 
+@pytest.mark.parametrize("variant", ["llama-mqa", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_more_threads_give_the_same_numbers(variant: str, threads: int, pair_of: PairOf) -> None:
+    pair = pair_of(variant)
+    wanted = greedy(tiny.Sequences.of(pair.ours), BEGINNING, 8)[1]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = greedy(tiny.Sequences.of(pair.ours), BEGINNING, 8)[1]
+    finally:
+        torch.set_num_threads(before)
+    assert tiny.difference(found, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3"])
 def test_only_the_last_token_of_each_sequence_has_logits_unless_all_are_asked_for(
     variant: str, pair_of: PairOf

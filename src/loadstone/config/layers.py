@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from pydantic import BaseModel
 
 from loadstone.errors import ConfigurationError
+from loadstone.folders import config_folder
 
 from .schema import SECTIONS, known_keys
 from .wish import nearest, show, unknown_key
@@ -55,9 +55,8 @@ def find_file(environ: Mapping[str, str]) -> Path | None:
                 hint="Set it to a file that exists, or unset it.",
             )
         return path
-    home = environ.get("LOADSTONE_HOME")
-    folder = Path(os.path.expanduser(home)) if home else platformdirs.user_config_path("loadstone", appauthor=False)
-    return next((path for path in (*FOUND_BY_NAME, folder / "config.yaml") if os.path.lexists(path)), None)
+    places = (*FOUND_BY_NAME, config_folder(environ) / "config.yaml")
+    return next((path for path in places if os.path.lexists(path)), None)
 
 
 def environment_layer(environ: Mapping[str, str]) -> Layer:

@@ -1,8 +1,8 @@
 """Rotary position embeddings (Su et al. 2021) and the ways in which checkpoints stretch them.
 
-`linear` divides positions (Chen et al. 2023); `dynamic` enlarges theta for a context beyond the trained one; `llama3` divides low frequencies only (Llama 3.1's config); `yarn`
-blends both by wavelength and sharpens attention (Peng et al. 2023). Factors given outright (GGUF's rope_freqs)
-divide frequency by frequency.
+`linear` divides positions (Chen et al. 2023); `dynamic` enlarges theta for a context beyond the trained one (NTK);
+`llama3` divides low frequencies only (Llama 3.1's config); `yarn` blends both by wavelength and sharpens attention
+(Peng et al. 2023). Factors given outright (GGUF's rope_freqs) divide frequency by frequency.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
+
+from .object_cache import cached_object
 
 I64, I32, I16, I8 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 F32, F16, VOID = ir.FloatType(), ir.HalfType(), ir.VoidType()
@@ -180,24 +183,27 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
 
 
 class Compiled:
-    """Machine code made from a module, kept alive as long as this object."""
+    """Machine code for this processor, kept alive as long as this object.
+
+    `write` adds functions to an empty module; it is called only when the code called `name` is not on disk.
+    `symbols` are the addresses of the library functions that the code calls.
+    """
 
     _lock = threading.Lock()
 
-    def __init__(self, module: Any, symbols: dict[str, int]) -> None:
+    def __init__(self, name: str, write: Callable[[Any], None], symbols: dict[str, int]) -> None:
         with self._lock:
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
-            for name, address in symbols.items():
-                llvm.add_symbol(name, address)
-            machine = llvm.Target.from_default_triple().create_target_machine(
-                opt=3, cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), jit=True
-            )
-            parsed = llvm.parse_assembly(str(module))
-            parsed.verify()
-            builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-            builder.getModulePassManager().run(parsed, builder)
-            self._engine = llvm.create_mcjit_compiler(parsed, machine)
+            for symbol, address in symbols.items():
+                llvm.add_symbol(symbol, address)
+            triple, cpu = llvm.get_process_triple(), llvm.get_host_cpu_name()
+            features = llvm.get_host_cpu_features().flatten()
+            machine = llvm.Target.from_triple(triple).create_target_machine(opt=3, cpu=cpu, features=features, jit=True)
+            versions = (llvmlite.__version__, *map(str, llvm.llvm_version_info))
+            code = cached_object(name, (*versions, triple, cpu, features), lambda: _compile(write, machine))
+            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+            self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
             self._engine.finalize_object()
 
     def function(self, name: str) -> Callable[[Any], None]:
@@ -206,8 +212,13 @@ class Compiled:
         return kind(self._engine.get_function_address(name))
 
 
-def new_module() -> Any:
-    """Return an empty module for this machine."""
+def _compile(write: Callable[[Any], None], machine: Any) -> bytes:
     module = ir.Module("loadstone")
-    module.triple = llvm.get_process_triple()
-    return module
+    module.triple = machine.triple
+    write(module)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(parsed, builder)
+    code: bytes = machine.emit_object(parsed)
+    return code

@@ -30,14 +30,15 @@ class CpuKernels:
     """
 
     def __init__(self) -> None:
-        from ._llvm import Compiled, new_module
+        from ._llvm import Compiled
         from .products import BEFORE, build_products
         from .quantizers import build_quantizers
 
-        module = new_module()
-        build_products(module)
-        build_quantizers(module)
-        self._compiled = Compiled(module, openmp_symbols())
+        def write(module: Any) -> None:
+            build_products(module)
+            build_quantizers(module)
+
+        self._compiled = Compiled("products", write, openmp_symbols())
         names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
         names += [f"quantize_nf4_{name}" for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
@@ -108,12 +109,12 @@ class AttentionKernel:
     """Attention of single new tokens over the cache, for one head size and cache type."""
 
     def __init__(self, head_size: int, cache_dtype: torch.dtype) -> None:
-        from ._llvm import Compiled, new_module
+        from ._llvm import Compiled
         from .attention import build_attention
 
-        module = new_module()
-        build_attention(module, head_size, NAMES[cache_dtype])
-        self._compiled = Compiled(module, openmp_symbols())
+        kind = NAMES[cache_dtype]
+        name = f"attention-{head_size}-{kind}"
+        self._compiled = Compiled(name, lambda module: build_attention(module, head_size, kind), openmp_symbols())
         self._run = self._compiled.function("attend")
 
     def __call__(
