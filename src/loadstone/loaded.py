@@ -25,8 +25,8 @@ Layers = tuple[tuple[str, GenerationConfig], ...]
 class LoadedModel:
     """A model in memory, with everything that was decided about it.
 
-    `phases` are the seconds that each step of its load took. `sampling_layers` say what the checkpoint and the
-    configuration want of sampling, weakest first.
+    `bytes` are what its weights take, by part, and its KV cache when full. `phases` are the seconds that each step of
+    its load took. `sampling_layers` say what the checkpoint and the configuration want of sampling, weakest first.
     """
 
     spec: ModelSpec
@@ -34,6 +34,7 @@ class LoadedModel:
     decoder: Decoder
     tokenizer: Tokenizer
     engine: Engine
+    bytes: Mapping[str, int]
     phases: Mapping[str, float]
     sampling_layers: Layers
 
@@ -90,7 +91,7 @@ class LoadedModel:
             "device_name": plan.device.name,
             "device_reason": plan.device.reason,
             "reasons": list(plan.reasons),
-            "bytes": {**self.decoder.weight_bytes(), "kv_cache": self.engine.cache_bytes},
+            "bytes": dict(self.bytes),
             "planned_bytes": {
                 "weights": sum(plan.weight_bytes.values()),
                 "kv_cache": plan.kv_bytes,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from .engine.engine import Prompt
 from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
 from .loaded import LoadedModel
-from .memory import give_back
+from .memory import forget_frames, give_back
 from .model import build
 from .planner import Plan, plan
 from .sources import ModelFiles, resolve
@@ -71,18 +70,20 @@ class ModelManager:
             files = self._resolve()
         with self._phase("inspect", phases):
             spec = inspect(files)
+            tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
         with self._phase("plan", phases):
             decision = self._plan(spec)
         with self._phase("build", phases), open_weights(spec) as weights:
             decoder = build(decision, spec, weights)
         with self._phase("ready", phases):
-            tokenizer = load_tokenizer(spec)
-            engine = Engine(decoder, tokenizer, load_chat_template(spec), decision)
+            engine = Engine(decoder, tokenizer, template, decision)
+            give_back()  # what quantising left behind in the allocator
         layers = (
             ("generation_config.json", generation_from_checkpoint(spec.generation)),
             *self.config.generation_layers(),
         )
-        return LoadedModel(spec, decision, decoder, tokenizer, engine, phases, layers)
+        taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
+        return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)
 
     def _resolve(self) -> ModelFiles:
         wish = self.config.config.model
@@ -111,8 +112,7 @@ class ModelManager:
         try:
             yield
         except BaseException as error:
-            # Whoever keeps the error must not keep the tensors that its frames hold.
-            traceback.clear_frames(error.__traceback__)
+            forget_frames(error)
             give_back()
             raise
 
@@ -126,12 +126,14 @@ class ModelManager:
             if model is None:
                 return
             with timed("unload", model=model.spec.name):
-                if not cancel:
-                    model.engine.wait_until_idle()
-                model.engine.close()
-                model.decoder.release()
-                del model
-                give_back()
+                try:
+                    if not cancel:
+                        model.engine.wait_until_idle()
+                finally:  # also when Ctrl-C ends the wait
+                    model.engine.close()
+                    model.decoder.release()
+                    del model
+                    give_back()
 
     def reload_model(self) -> tuple[Tokenizer, LoadedModel]:
         """Unload, when one is loaded, and load again, with the files as they are now."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import VARIANTS, Pair
+from pairs import VARIANTS, Pair
 
 from loadstone.hardware import MemorySettings
 from loadstone.quantization.kernels import cpu
@@ -168,6 +168,34 @@ def test_a_sequence_can_fill_its_context_to_the_last_place(
     sequences.feed(text[: context - 1])
     found = sequences.feed(text[context - 1 :], context - 1)
     assert tiny.difference(found, pair.wanted(text)[-1:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("head_size", [16, 48, 80, 128])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_heads_of_other_sizes_are_seen_whole(head_size: int, model_type: str, tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path, model_type, head_dim=head_size, num_hidden_layers=1)
+    sequences = tiny.Sequences.of(tiny.load(folder)[0])
+    found = torch.cat([sequences.feed([one], at) for at, one in enumerate(PROMPT[:40])])
+    with torch.inference_mode():
+        wanted = tiny.reference(folder)(torch.tensor([PROMPT[:40]])).logits[0]
+    assert tiny.difference(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "bfloat16"])
+def test_a_long_text_is_seen_whole_or_through_its_window(model_type: str, cache_dtype: str, tmp_path: Path) -> None:
+    window = {"sliding_window": 200} if model_type == "mistral" else {}
+    folder = tiny.write(tmp_path, model_type, max_position_embeddings=1024, num_hidden_layers=1, **window)
+    ours = tiny.load(folder, context=1024, settings=replace(tiny.SETTINGS, cache_dtype=cache_dtype))[0]
+    text = tiny.prompt(1024)
+    sequences = tiny.Sequences.of(ours, room=1024)
+    for start in range(0, 1000, 250):
+        sequences.feed(text[start : start + 250], start)
+    found = torch.cat([sequences.feed([text[at]], at) for at in range(1000, 1024)])
+    with torch.inference_mode():
+        wanted = tiny.reference(folder)(torch.tensor([text])).logits[0, 1000:]
+    close = {"float32": TOLERANCE, "float16": 5e-3, "bfloat16": 5e-2}[cache_dtype]
+    assert tiny.difference(found, wanted) < close
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

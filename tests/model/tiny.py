@@ -1,4 +1,7 @@
-"""Small random checkpoints, written by transformers, and the real path that loads them: files → spec → plan → decoder."""
+"""Small random checkpoints, written by transformers, and the real path that loads them.
+
+Files → spec → plan → decoder.
+"""
 
 from __future__ import annotations
 

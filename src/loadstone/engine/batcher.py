@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from loadstone.errors import GenerationError, LoadstoneError, ResourceError, is_out_of_memory
+from loadstone.errors import GenerationError, LoadstoneError, handle_exceptions
+from loadstone.memory import forget_frames
 from loadstone.model import Decoder, Segment
 
 from .request import Chunk, GenerationResult, Request, Timing, Usage
@@ -28,15 +30,18 @@ MOST_TOGETHER = 64  # sequences in one step; more would make every one of them s
 
 @dataclass(eq=False)
 class Answer:
-    """One answer under way: its places in the cache, and what it has come to."""
+    """One answer, waiting or under way: its places in the cache, and what it has come to.
+
+    It may take `room` places; those it has begin at `base`, which is None as long as it waits.
+    """
 
     request: Request
     sampler: Sampler
     text: TextStream
     stop: StopStrings
-    base: int
     room: int
-    started_at: float
+    base: int | None = None
+    started_at: float = 0.0
     read: int = 0  # tokens of the prompt that are in the cache
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -47,9 +52,18 @@ class Answer:
         return self.read < len(self.request.prompt)
 
     @property
-    def position(self) -> int:
-        """Where the token that was chosen last goes."""
-        return len(self.request.prompt) + len(self.tokens) - 1
+    def is_cancelled(self) -> bool:
+        return self.request.cancelled.is_set()
+
+    def take_turn(self, chunk: int) -> tuple[Sequence[int], int]:
+        """Return the tokens that come next, at most `chunk`, and where the first of them goes."""
+        prompt = self.request.prompt
+        if not self.is_reading:
+            return self.tokens[-1:], len(prompt) + len(self.tokens) - 1
+        start = self.read
+        new = prompt[start : start + chunk]
+        self.read += len(new)
+        return new, start
 
 
 class Batcher:
@@ -66,9 +80,10 @@ class Batcher:
         self.context = context
         self.chunk = chunk
         self.ends = frozenset(ends)
+        self.vocabulary = decoder.embedding.rows
         self.cache = decoder.new_cache(cache_tokens)
         self._new_text = new_text
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
         self._changed = threading.Condition()
         self._is_closed = False
@@ -76,18 +91,14 @@ class Batcher:
 
     def submit(self, request: Request) -> None:
         """Queue a request; raises GenerationError when it can never be served, or when this is closed."""
-        length = len(request.prompt)
-        if length == 0:
-            raise GenerationError("The prompt is empty.", hint="Give at least one character, or a message.")
-        if length >= self.context:
-            raise GenerationError(
-                f"The prompt has {length} tokens; the context has {self.context} with room for at least one more.",
-                hint="Shorten the prompt, or load the model with a larger `context`.",
-            )
+        self._check(request.prompt)
+        sampling = request.sampling
+        room = min(len(request.prompt) + sampling.max_new_tokens, self.context)
+        answer = Answer(request, Sampler(sampling, request.prompt), self._new_text(), StopStrings(sampling.stop), room)
         with self._changed:
             if self._is_closed:
                 raise GenerationError("The model was unloaded.", hint="Load it again before asking.")
-            self._waiting.append(request)
+            self._waiting.append(answer)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="loadstone-engine", daemon=True)
                 self._thread.start()
@@ -109,18 +120,37 @@ class Batcher:
             return True
 
     def close(self) -> None:
-        """End the thread and every request with GenerationError, and let go of the cache."""
+        """End the thread and every request with GenerationError, and let go of the decoder and the cache."""
         with self._changed:
+            if self._is_closed:
+                return
             self._is_closed = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        error = GenerationError("The model was unloaded while the answer was being made.")
-        for request in [*self._waiting, *(sequence.request for sequence in self._running)]:
-            request.line.put(error)
-        self._waiting.clear()
-        self._running.clear()
+        with self._changed:
+            for answer in (*self._running, *self._waiting):
+                answer.request.line.put(GenerationError("The model was unloaded while the answer was being made."))
+            self._waiting.clear()
+            self._running.clear()
+            self._changed.notify_all()
         del self.cache, self.decoder
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        length = len(prompt)
+        if length == 0:
+            raise GenerationError("The prompt is empty.", hint="Give at least one character, or a message.")
+        if length >= self.context:
+            raise GenerationError(
+                f"The prompt has {length} tokens; the context has {self.context} with room for at least one more.",
+                hint="Shorten the prompt, or load the model with a larger `context`.",
+            )
+        unknown = [token for token in (min(prompt), max(prompt)) if not 0 <= token < self.vocabulary]
+        if unknown:
+            raise GenerationError(
+                f"The prompt has token {unknown[0]}, and the model knows {self.vocabulary} tokens, from 0 on.",
+                hint="The tokenizer is not the one that this model was made with: see its files.",
+            )
 
     def _run(self) -> None:
         while True:
@@ -130,131 +160,108 @@ class Batcher:
                     return
                 self._admit()
             self._drop_cancelled()
-            self._step_or_fail()
+            turn = self._turn()
+            with self._failing_only(*turn):
+                self._step(turn)
             with self._changed:
                 self._changed.notify_all()
 
     def _admit(self) -> None:
         """Start waiting requests, in order, as long as the cache has room for all that each may need."""
         while self._waiting and len(self._running) < MOST_TOGETHER:
-            request = self._waiting[0]
-            room = min(len(request.prompt) + request.sampling.max_new_tokens, self.context)
-            base = self.cache.reserve(room)
-            if base is None:
+            answer = self._waiting[0]
+            answer.base = self.cache.reserve(answer.room)
+            if answer.base is None:
                 return
-            self._waiting.popleft()
-            self._running.append(
-                Answer(
-                    request,
-                    Sampler(request.sampling, request.prompt),
-                    self._new_text(),
-                    StopStrings(request.sampling.stop),
-                    base,
-                    room,
-                    time.perf_counter(),
-                )
-            )
+            answer.started_at = time.perf_counter()
+            self._running.append(self._waiting.popleft())
 
     def _drop_cancelled(self) -> None:
-        for sequence in [one for one in self._running if one.request.cancelled.is_set()]:
-            self._finish(sequence, "cancelled")
         with self._changed:
-            dropped = [request for request in self._waiting if request.cancelled.is_set()]
-            for request in dropped:
-                self._waiting.remove(request)
-        now = time.perf_counter()
-        for request in dropped:
-            waited = now - request.asked_at
-            usage, timing = Usage(len(request.prompt), 0), Timing(waited, 0.0, waited, 0.0)
-            request.line.put(Chunk("", GenerationResult("", "cancelled", usage, timing)))
+            dropped = [answer for answer in (*self._running, *self._waiting) if answer.is_cancelled]
+        for answer in dropped:
+            with self._failing_only(answer):
+                self._finish(answer, "cancelled")
 
-    def _step_or_fail(self) -> None:
-        """Make one step; whatever it raises goes to the requests that were in it, and the thread goes on."""
-        turn = self._turn()
-        if not turn:
-            return
+    @contextmanager
+    def _failing_only(self, *answers: Answer) -> Iterator[None]:
+        """Give whatever is raised inside to those who wait for `answers`, and let the thread go on."""
         try:
-            self._step(turn)
-        except Exception as error:  # noqa: BLE001 - the consumers raise it
-            failure: Exception = error
-            if is_out_of_memory(error) and not isinstance(error, LoadstoneError):
-                failure = ResourceError(
-                    f"Memory ran out while answering: {error}", hint="Lower `context`, or send fewer requests at once."
-                )
-                failure.__cause__ = error
-            for sequence in turn:
-                if sequence in self._running:
-                    self._leave(sequence)
-                    sequence.request.line.put(failure)
+            with handle_exceptions("make the answer", into=GenerationError):
+                yield
+        except LoadstoneError as error:
+            forget_frames(error)
+            for answer in answers:
+                if answer in self._running or answer in self._waiting:
+                    self._leave(answer)
+                    answer.request.line.put(error)
 
     def _turn(self) -> list[Answer]:
         """Return who is in the next step: all that are answering, and the first that still reads its prompt."""
-        reading = [sequence for sequence in self._running if sequence.is_reading]
-        return [sequence for sequence in self._running if not sequence.is_reading] + reading[:1]
+        reading = [answer for answer in self._running if answer.is_reading]
+        return [answer for answer in self._running if not answer.is_reading] + reading[:1]
 
     def _step(self, turn: list[Answer]) -> None:
         ids: list[int] = []
         segments: list[Segment] = []
-        for sequence in turn:
-            if sequence.is_reading:
-                new = sequence.request.prompt[sequence.read : sequence.read + self.chunk]
-                segments.append(Segment(sequence.base, sequence.read, len(new)))
-                ids.extend(new)
-                sequence.read += len(new)
-            else:
-                segments.append(Segment(sequence.base, sequence.position, 1))
-                ids.append(sequence.tokens[-1])
-        logits = self.decoder.forward(ids, segments, self.cache)
-        for sequence, row in zip(turn, logits, strict=True):
-            if not sequence.is_reading:
-                try:
-                    self._take(sequence, row)
-                except LoadstoneError as error:
-                    self._leave(sequence)
-                    sequence.request.line.put(error)
-
-    def _take(self, sequence: Answer, logits: torch.Tensor) -> None:
-        """Choose the next token of a sequence, and send what text it completes."""
-        token = sequence.sampler.choose(logits)
-        if not sequence.tokens:
-            sequence.first_token_at = time.perf_counter()
-        sequence.tokens.append(token)
-        if token in self.ends:
-            self._finish(sequence, "stop")
+        for answer in turn:
+            assert answer.base is not None  # it runs
+            new, start = answer.take_turn(self.chunk)
+            ids.extend(new)
+            segments.append(Segment(answer.base, start, len(new)))
+        if not turn:
             return
-        text, is_stopped = sequence.stop.push(sequence.text.push(token))
-        self._send(sequence, text)
+        for answer, row in zip(turn, self.decoder.forward(ids, segments, self.cache), strict=True):
+            if not answer.is_reading:
+                with self._failing_only(answer):
+                    self._take(answer, row)
+
+    def _take(self, answer: Answer, logits: torch.Tensor) -> None:
+        """Choose the next token of an answer, and send what text it completes."""
+        token = answer.sampler.choose(logits)
+        if not answer.tokens:
+            answer.first_token_at = time.perf_counter()
+        answer.tokens.append(token)
+        if token in self.ends:
+            self._finish(answer, "stop")
+            return
+        text, is_stopped = answer.stop.push(answer.text.push(token))
+        self._send(answer, text)
         if is_stopped:
-            self._finish(sequence, "stop")
-        elif len(sequence.request.prompt) + len(sequence.tokens) >= sequence.room:
-            self._finish(sequence, "length")
+            self._finish(answer, "stop")
+        elif len(answer.request.prompt) + len(answer.tokens) >= answer.room:
+            self._finish(answer, "length")
 
-    def _send(self, sequence: Answer, text: str) -> None:
+    def _send(self, answer: Answer, text: str) -> None:
         if text:
-            sequence.pieces.append(text)
-            sequence.request.line.put(Chunk(text))
+            answer.pieces.append(text)
+            answer.request.line.put(Chunk(text))
 
-    def _finish(self, sequence: Answer, reason: str) -> None:
+    def _finish(self, answer: Answer, reason: str) -> None:
         """Send what was held back and the result, and give the places in the cache back."""
-        last, _ = sequence.stop.push(sequence.text.flush())
-        self._send(sequence, last + sequence.stop.flush())
-        if sequence.stop.hit:
+        last, _ = answer.stop.push(answer.text.flush())
+        self._send(answer, last + answer.stop.flush())
+        if answer.stop.hit:
             reason = "stop"
-        self._leave(sequence)
-        result = GenerationResult("".join(sequence.pieces), reason, _usage(sequence), _timing(sequence))
-        sequence.request.line.put(Chunk("", result))
+        self._leave(answer)
+        result = GenerationResult("".join(answer.pieces), reason, _usage(answer), _timing(answer))
+        answer.request.line.put(Chunk("", result))
 
-    def _leave(self, sequence: Answer) -> None:
-        self._running.remove(sequence)
-        self.cache.release(sequence.base, sequence.room)
+    def _leave(self, answer: Answer) -> None:
+        with self._changed:  # or somebody finds nothing under way, and renews the cache, before its places are back
+            if answer.base is None:
+                self._waiting.remove(answer)
+            else:
+                self._running.remove(answer)
+                self.cache.release(answer.base, answer.room)
 
 
-def _usage(sequence: Answer) -> Usage:
-    return Usage(len(sequence.request.prompt), len(sequence.tokens))
+def _usage(answer: Answer) -> Usage:
+    return Usage(len(answer.request.prompt), len(answer.tokens))
 
 
-def _timing(sequence: Answer) -> Timing:
-    now, asked = time.perf_counter(), sequence.request.asked_at
-    first = sequence.first_token_at or now
-    speed = (len(sequence.tokens) - 1) / (now - first) if len(sequence.tokens) > 1 and now > first else 0.0
-    return Timing(sequence.started_at - asked, first - asked, now - asked, speed)
+def _timing(answer: Answer) -> Timing:
+    now, asked = time.perf_counter(), answer.request.asked_at
+    first = answer.first_token_at or now
+    speed = (len(answer.tokens) - 1) / (now - first) if len(answer.tokens) > 1 and now > first else 0.0
+    return Timing((answer.started_at or now) - asked, first - asked, now - asked, speed)

@@ -5,6 +5,7 @@ Knows the tokenizer, the chat template and what sampling is in force; leaves the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from loadstone.checkpoint.template import ChatTemplate
 from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.config import Sampling
+from loadstone.errors import ConfigurationError
 from loadstone.model import Decoder
 from loadstone.planner import Plan
 
@@ -41,19 +43,24 @@ class Engine:
             ends=tokenizer.eos_token_ids,
             new_text=lambda: TextStream(tokenizer),
         )
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the KV cache when it is full."""
-        return self._batcher.cache.nbytes
+        self.cache_bytes = self._batcher.cache.nbytes  # of the KV cache when it is full
+        # Nobody asks an engine that nobody holds. And a thread that outlives the interpreter is torn down inside
+        # C++ code, which aborts the process: this is also called at exit.
+        weakref.finalize(self, self._batcher.close)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> list[int]:
-        """Return the tokens that the model will read for a prompt."""
-        if isinstance(prompt, str) and (raw or self.template is None):
+        """Return the tokens that the model will read for a prompt.
+
+        Raises ConfigurationError for what is neither a text nor a conversation, or contradicts `raw`.
+        """
+        if raw and (system is not None or not isinstance(prompt, str)):
+            raise ConfigurationError(
+                "raw=True sends one text as it is, without a system message or a conversation.",
+                hint="Leave raw out, or write the whole prompt as one text.",
+            )
+        if isinstance(prompt, str) and (raw or (self.template is None and system is None)):
             return self.tokenizer.encode(prompt, add_special_tokens=True)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
+        messages = _conversation(prompt, system)
         if self.template is None:
             text = "\n".join(str(message.get("content", "")) for message in messages)
             return self.tokenizer.encode(text, add_special_tokens=True)
@@ -65,7 +72,7 @@ class Engine:
         room = max(1, self.context - len(tokens))
         request = Request(tokens, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
         self._batcher.submit(request)
-        return Stream(request)
+        return Stream(request, self)
 
     def generate(
         self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None
@@ -101,6 +108,19 @@ class Engine:
     def close(self) -> None:
         """End every request and let go of the decoder."""
         self._batcher.close()
+
+
+def _conversation(prompt: Prompt, system: str | None) -> list[Mapping[str, Any]]:
+    if isinstance(prompt, str):
+        messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, Sequence) and prompt and all(isinstance(one, Mapping) for one in prompt):
+        messages = list(prompt)
+    else:
+        raise ConfigurationError(
+            "A prompt is a text, or a list of one or more messages.",
+            hint='For example [{"role": "user", "content": "你好"}].',
+        )
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def _fold(stream: Stream) -> GenerationResult:

@@ -92,8 +92,10 @@ class Stream(Iterator[Chunk]):
     exception in the work is raised from the loop.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, source: object = None) -> None:
+        """Take what comes on the request's line; `source` is held, so that who answers lives as long as this."""
         self._request = request
+        self._source = source
         self._result: GenerationResult | None = None
         self._is_over = False
 
@@ -104,8 +106,12 @@ class Stream(Iterator[Chunk]):
             raise GenerationError("The answer is not finished: read the stream to its end first.")
         return self._result
 
-    def __iter__(self) -> Stream:
-        return self
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            while (chunk := next(self, None)) is not None:
+                yield chunk
+        finally:
+            self.cancel()  # the loop was left, perhaps by one who still holds this stream
 
     def __next__(self) -> Chunk:
         if self._is_over:

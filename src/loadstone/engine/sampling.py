@@ -13,7 +13,7 @@ import torch
 from loadstone.config import Sampling
 from loadstone.errors import GenerationError
 
-CANDIDATES = 1024  # sorted first when top-p alone cuts; all are sorted only when these do not reach p
+CANDIDATES = 1024  # what top-p looks at first; all are sorted only when these do not reach p
 
 
 class Sampler:
@@ -37,8 +37,12 @@ class Sampler:
             is_spoilt = bool(logits[token].isnan())  # argmax takes NaN for the largest
         else:
             probabilities, tokens = self.distribution(logits)
-            is_spoilt = bool(probabilities.isnan().any())
-            token = 0 if is_spoilt else int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+            reached = probabilities.cumsum(-1, dtype=torch.float64)
+            is_spoilt = bool(reached[-1].isnan())
+            # One draw and a search; torch.multinomial draws once for every token, which takes 5 ms for 150,000.
+            point = torch.rand((), dtype=torch.float64, generator=self._generator) * reached[-1]
+            place = min(int(torch.searchsorted(reached, point, right=True)), len(tokens) - 1)
+            token = int(tokens[place])
         if is_spoilt:
             raise GenerationError(
                 "The model's logits hold NaN, so no token can be chosen.",
@@ -48,22 +52,23 @@ class Sampler:
         return token
 
     def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return probabilities, largest first, and their tokens, for penalised logits under a temperature above 0."""
+        """Return the probabilities of what may be chosen, and its tokens, for penalised logits.
+
+        The temperature is above 0. Tokens that a rule drops are not there, or have the probability 0.
+        """
         rules = self.sampling
-        scaled = logits.cpu() / rules.temperature
-        kept = min(rules.top_k or len(scaled), len(scaled))
-        if rules.top_k == 0 and rules.top_p < 1.0:
-            kept = min(CANDIDATES, len(scaled))
-        values, tokens = _largest(scaled, kept)
-        mass = torch.logsumexp(values if rules.top_k else scaled, -1)
-        if rules.top_k == 0 and rules.top_p < 1.0 and float((values - mass).exp().sum()) < rules.top_p:
-            values, tokens = _largest(scaled, len(scaled))
-        probabilities = (values - mass).exp()
+        values = logits.cpu() / rules.temperature
+        tokens = torch.arange(len(values))
+        if 0 < rules.top_k < len(values):
+            values, tokens = torch.topk(values, rules.top_k)
+        probabilities = (values - torch.logsumexp(values, -1)).exp()
         if rules.top_p < 1.0:
+            probabilities, places = _likeliest(probabilities, rules.top_p)
+            tokens = tokens[places]
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.where(before < rules.top_p, 0.0)
         if rules.min_p > 0.0:
-            probabilities = probabilities.where(probabilities >= rules.min_p * probabilities[0], 0.0)
+            probabilities = probabilities.where(probabilities >= rules.min_p * probabilities.max(), 0.0)
         return probabilities / probabilities.sum(), tokens
 
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
@@ -81,10 +86,11 @@ class Sampler:
         return logits
 
 
-def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the `count` largest values in falling order, equal ones by their place, and their places."""
-    if count == len(values):
-        found = torch.sort(values, descending=True, stable=True)
-        return found.values, found.indices
-    top = torch.topk(values, count)
-    return top.values, top.indices
+def _likeliest(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest probabilities in falling order, enough to reach `share`, and their places."""
+    if len(probabilities) > CANDIDATES:
+        top = torch.topk(probabilities, CANDIDATES)
+        if float(top.values.sum()) >= share:
+            return top.values, top.indices
+    every = torch.sort(probabilities, descending=True)
+    return every.values, every.indices

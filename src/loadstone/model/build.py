@@ -6,7 +6,7 @@ before the next product begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +20,8 @@ from loadstone.telemetry import emit
 from .decoder import Decoder, Layer, Product
 from .rope import rope_tables
 
+AHEAD_BYTES = 512 << 20  # into the system's page cache, which it can take back; not this process's memory
+_FLOATS = ("BF16", "F16", "F32")  # types on disk that are kept as they are
 _PACKED_KEPT_AS = torch.float16  # GGUF's packed types, under `none`: float32 would double what they take
 
 
@@ -27,9 +29,10 @@ Made = TypeVar("Made")
 
 
 class WeightReader(Protocol):
-    """What a checkpoint gives: a tensor by its Hub name, and a word that it is not needed any more."""
+    """What a checkpoint gives: a tensor by its Hub name, and a word that it is needed soon, or not any more."""
 
     def read(self, name: str) -> torch.Tensor: ...
+    def prefetch(self, name: str) -> None: ...
     def release(self, name: str) -> None: ...
 
 
@@ -49,6 +52,8 @@ class _Builder:
         self.dtype: torch.dtype = getattr(torch, plan.settings.compute_dtype)
         self.strategy: Strategy = find_strategy(plan.strategy)
         self.done_bytes = 0
+        self.asked_bytes = 0
+        self.to_ask = iter(spec.tensors.values())
         self.total_bytes = sum(tensor.nbytes for tensor in spec.tensors.values())
 
     def build(self) -> Decoder:
@@ -87,26 +92,44 @@ class _Builder:
 
     def _weight(self, part: str, *names: str) -> Linear:
         def make(tensors: Sequence[torch.Tensor]) -> Linear:
-            return self.strategy.quantize(part, [self._plain(tensor) for tensor in tensors], self.device, self.dtype)
+            plain = [self._plain(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+            return self.strategy.quantize(part, plain, self.device, self.dtype)
 
         made = self._reading(names, make)
-        for kept in made.tensors().values():
-            if kept.is_floating_point() and not bool(torch.isfinite(kept).all()):
-                emit("load.warning", reason="weights hold NaN or infinity; answers may be noise", tensors=list(names))
+        _warn_unless_finite(names, made.tensors().values())
         return made
 
     def _vector(self, name: str) -> torch.Tensor:
-        return self._reading([name], lambda tensors: tensors[0].to(self.device, self.dtype, copy=True))
+        made = self._reading([name], lambda tensors: tensors[0].to(self.device, self.dtype, copy=True))
+        _warn_unless_finite([name], [made])
+        return made
 
-    def _plain(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _plain(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a packed type's numbers in 16 bits when they stay unquantised."""
-        is_packed = self.spec.format == "gguf" and tensor.dtype == torch.float32
+        is_packed = self.spec.tensors[name].dtype not in _FLOATS
         return tensor.to(_PACKED_KEPT_AS) if is_packed and self.plan.strategy == "none" else tensor
 
     def _reading(self, names: Sequence[str], make: Callable[[Sequence[torch.Tensor]], Made]) -> Made:
+        self._fetch_ahead()
         made = make([self.weights.read(name) for name in names])
         for name in names:
             self.weights.release(name)
             self.done_bytes += self.spec.tensors[name].nbytes
         emit("load.progress", done=self.done_bytes, total=self.total_bytes)
         return made
+
+    def _fetch_ahead(self) -> None:
+        """Have the system read from the disk what comes next, while this thread computes."""
+        while self.asked_bytes < self.done_bytes + AHEAD_BYTES and (tensor := next(self.to_ask, None)):
+            self.weights.prefetch(tensor.name)
+            self.asked_bytes += tensor.nbytes
+
+
+def _warn_unless_finite(names: Sequence[str], kept: Iterable[torch.Tensor]) -> None:
+    for tensor in kept:
+        if not tensor.is_floating_point():
+            continue
+        extremes = torch.stack(torch.aminmax(tensor))  # one pass and no copy; NaN comes through as both
+        if not bool(torch.isfinite(extremes).all()):
+            emit("load.warning", reason="weights hold NaN or infinity; answers may be noise", tensors=list(names))
+            return

@@ -36,19 +36,33 @@ def quantize_int8(weights: Sequence[torch.Tensor], device: torch.device, dtype: 
     """Return the stacked weights with each row scaled to [-127, 127] and rounded."""
     import torch
 
-    from .linear import Int8Linear
+    from .linear import Int8Linear, kernels_for
 
     rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
     numbers = torch.empty(rows, columns, dtype=torch.int8, device=device)
     scales = torch.empty(rows, device=device)
-    step = max(1, CHUNK // columns)
+    kernels = kernels_for(device, columns)
     at = 0
     for weight in weights:
-        for start in range(0, len(weight), step):
-            part = weight[start : start + step].to(device).float()
-            most = part.abs().amax(-1)
-            factor = torch.where(most > 0, 127.0 / most, torch.zeros_like(most))
-            numbers[at : at + len(part)] = part.mul(factor.unsqueeze(-1)).round_()
-            scales[at : at + len(part)] = most / 127.0
-            at += len(part)
+        part = slice(at, at + len(weight))
+        if kernels is not None and weight.is_cpu:
+            kernels.quantize_int8(weight.contiguous(), numbers[part], scales[part])
+        else:
+            _round(weight, numbers[part], scales[part])
+        at += len(weight)
     return Int8Linear(numbers, scales, dtype)
+
+
+def _round(weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+    """Write a weight as 8-bit numbers, and each row's scale, a few rows at a time."""
+    import torch
+
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = weight[rows].to(numbers.device).float()
+        most = part.abs().amax(-1)
+        # A whole tensor over another is divided; a number over a tensor is multiplied by a rounded reciprocal.
+        factor = torch.where(most > 0, torch.full_like(most, 127.0) / most, torch.zeros_like(most))
+        numbers[rows] = part.mul(factor.unsqueeze(-1)).round_()
+        scales[rows] = most / torch.full_like(most, 127.0)

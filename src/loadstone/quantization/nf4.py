@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .linear import Linear
 
 
+LARGEST = 2.0**15  # what the largest absmax is kept as: near float16's own largest, so that small ones keep theirs
+
+
 class Nf4(Strategy):
     """Keeps the layers' matrices in 4 bits and what maps tokens in and out in 8."""
 
@@ -54,9 +57,12 @@ def _quantize_nf4(weights: Sequence[torch.Tensor], device: torch.device) -> Line
     absmax = torch.empty(rows, columns // BLOCK)
     at = 0
     for weight in weights:
-        quantize = kernels.quantize_nf4 if kernels is not None else quantize_nf4
         part = slice(at, at + len(weight))
-        codes[part], absmax[part] = quantize(weight.contiguous())
+        if kernels is not None:
+            kernels.quantize_nf4(weight.contiguous(), codes[part], absmax[part])
+        else:
+            codes[part], absmax[part] = quantize_nf4(weight)
         at += len(weight)
-    scale = float(absmax.max()) or 1.0
+    # One NaN or infinity spoils its own block only, and one huge weight leaves the others' absmax its eleven bits.
+    scale = float(absmax.where(absmax.isfinite(), 0).max()) / LARGEST or 1.0
     return Nf4Linear(codes.to(device), absmax.div_(scale).half().to(device), scale)

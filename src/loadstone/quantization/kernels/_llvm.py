@@ -102,10 +102,11 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
         name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
         return self.intrinsic(name, F32, F32(0.0), value, fast=("reassoc",))
 
-    def largest(self, value: Any) -> Any:
-        """Return the largest element of a vector of floats."""
-        name = f"llvm.vector.reduce.fmax.v{value.type.count}f32"
-        return self.intrinsic(name, F32, value, fast=("nnan",))
+    def largest(self, magnitudes: Any) -> Any:
+        """Return the largest of floats that are not negative: they order as their bits do, and NaN above all."""
+        count = magnitudes.type.count
+        bits = self.bitcast(magnitudes, vector(I32, count))
+        return self.bitcast(self.intrinsic(f"llvm.vector.reduce.umax.v{count}i32", I32, bits), F32)
 
     def magnitude(self, value: Any) -> Any:
         """Return the absolute values of a vector of floats."""

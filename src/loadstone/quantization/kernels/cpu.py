@@ -40,7 +40,7 @@ class CpuKernels:
 
         self._compiled = Compiled("products", write, openmp_symbols())
         names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
-        names += [f"quantize_nf4_{name}" for name in NAMES.values()]
+        names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int8") for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
         self._attention: dict[tuple[int, torch.dtype], AttentionKernel] = {}
 
@@ -85,14 +85,15 @@ class CpuKernels:
         )
         return y
 
-    def quantize_nf4(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the NF4 codes (rows × columns/2, uint8) and absmax (rows × columns/64, float32) of a weight."""
-        rows, columns = weight.shape
-        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-        absmax = torch.empty(rows, columns // 64)
-        words = (weight.data_ptr(), codes.data_ptr(), absmax.data_ptr(), rows * columns, 0, 0, 0, 0, 0, 0)
+    def quantize_nf4(self, weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
+        """Write a weight's NF4 codes (rows × columns/2, uint8) and absmax (rows × columns/64, float32)."""
+        words = (weight.data_ptr(), codes.data_ptr(), absmax.data_ptr(), weight.numel(), 0, 0, 0, 0, 0, 0)
         self._functions[f"quantize_nf4_{NAMES[weight.dtype]}"](_array(*words, torch.get_num_threads()))
-        return codes, absmax
+
+    def quantize_int8(self, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+        """Write a weight (rows × columns, a multiple of 64) as int8 into `numbers`, and each row's scale (float32)."""
+        words = (weight.data_ptr(), numbers.data_ptr(), scales.data_ptr(), *weight.shape, 0, 0, 0, 0, 0)
+        self._functions[f"quantize_int8_{NAMES[weight.dtype]}"](_array(*words, torch.get_num_threads()))
 
     def attention(self, head_size: int, cache_dtype: torch.dtype) -> AttentionKernel | None:
         """Return attention for heads of this size over a cache of this type, or None when it cannot be had."""
@@ -217,7 +218,8 @@ def _wrong(kernels: CpuKernels) -> str | None:
         kept = weight.to(dtype)
         if not torch.allclose(product(name, kept), x @ kept.float().T, atol=1e-3):
             return f"the {name} product disagrees with torch"
-    codes, absmax = kernels.quantize_nf4(weight)
+    codes, absmax = torch.empty(37, 96, dtype=torch.uint8), torch.empty(37, 3)
+    kernels.quantize_nf4(weight, codes, absmax)
     half = absmax.half()
     expected = x @ dequantize_nf4(codes, half, 1.0).T
     if not torch.allclose(product("nf4", codes, half), expected, atol=2e-2):

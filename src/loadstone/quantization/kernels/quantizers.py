@@ -1,8 +1,10 @@
-"""Weights → NF4 codes and absmax, 64 at a time, straight from the type that the checkpoint has.
+"""Weights → NF4 or 8 bits, straight from the type that the checkpoint has.
 
-A code is the number of midpoints between neighbouring NF4 values that the scaled weight lies above, which is what
-bitsandbytes' search tree computes. Argument words: 0 weights (M × K, flat), 1 codes (uint8, two a byte, the first
-in the high nibble), 2 absmax (float32, one for 64), 3 how many weights, 10 threads.
+An NF4 code is the number of midpoints between neighbouring NF4 values that the scaled weight lies above, which is what
+bitsandbytes' search tree computes. In 8 bits a row is scaled to [-127, 127] and rounded to even.
+
+Argument words: 0 weights, 1 codes (uint8, two a byte, the first in the high nibble) or numbers (int8), 2 absmax
+(float32, one for 64) or scales (float32, one a row), 3 how many weights or rows, 4 columns (8 bits), 10 threads.
 """
 
 from __future__ import annotations
@@ -20,13 +22,20 @@ KINDS = ("float32", "bfloat16", "float16")
 
 
 def build_quantizers(module: Any) -> None:
-    """Add `quantize_nf4_<type>` for each float type to the module."""
+    """Add `quantize_nf4_<type>` and `quantize_int8_<type>` for each float type to the module."""
     for kind in KINDS:
-        _quantizer(module, kind)
+        _entry(module, f"quantize_nf4_{kind}", _nf4_worker(module, kind))
+        _entry(module, f"quantize_int8_{kind}", _int8_worker(module, kind))
 
 
-def _quantizer(module: Any, kind: str) -> None:
-    k = Kernel(module, f"quantize.{kind}.worker")
+def _entry(module: Any, name: str, worker: Any) -> None:
+    k = Kernel(module, name)
+    k.in_parallel(worker, k.argument(10))
+    k.done()
+
+
+def _nf4_worker(module: Any, kind: str) -> Any:
+    k = Kernel(module, f"quantize_nf4.{kind}.worker")
     weights, codes, absmax, count = (k.argument(index) for index in range(4))
     start, stop = k.share(count, SHARE)
     middles = [(a + b) / 2 for a, b in pairwise(NF4)]
@@ -47,7 +56,33 @@ def _quantizer(module: Any, kind: str) -> None:
         k.put(most, absmax, k.udiv(index, I64(BLOCK)))
 
     k.loop(start, stop, BLOCK, block)
-    worker = k.done()
-    entry = Kernel(module, f"quantize_nf4_{kind}")
-    entry.in_parallel(worker, entry.argument(10))
-    entry.done()
+    return k.done()
+
+
+def _int8_worker(module: Any, kind: str) -> Any:
+    k = Kernel(module, f"quantize_int8.{kind}.worker")
+    weights, numbers, scales, rows, columns = (k.argument(index) for index in range(5))
+    start, stop = k.share(rows)
+    zeros = constants(F32, [0.0] * BLOCK)
+
+    def row(r: Any) -> None:
+        at = k.mul(r, columns)
+
+        def widest(c: Any, so_far: Any) -> list[Any]:
+            found = k.magnitude(load_floats(k, kind, weights, k.add(at, c), BLOCK))
+            return [k.select(k.fcmp_unordered(">", found, so_far), found, so_far)]
+
+        most = k.largest(k.loop(I64(0), columns, BLOCK, widest, zeros)[0])
+        factor = k.select(k.fcmp_ordered(">", most, F32(0.0)), k.fdiv(F32(127.0), most), F32(0.0))
+
+        def block(c: Any) -> None:
+            values = load_floats(k, kind, weights, k.add(at, c), BLOCK)
+            scaled = k.fmul(values, k.splat(factor, BLOCK))
+            whole = k.fptosi(k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), scaled), vector(I32, BLOCK))
+            k.put(k.trunc(whole, vector(I8, BLOCK)), numbers, k.add(at, c))
+
+        k.loop(I64(0), columns, BLOCK, block)
+        k.put(k.fdiv(most, F32(127.0)), scales, r)
+
+    k.loop(start, stop, 1, row)
+    return k.done()

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints a table, then one JSON line. Method, commands and results are in README.md beside this."""

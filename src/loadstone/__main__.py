@@ -1,0 +1,8 @@
+"""`python -m loadstone` is `loadstone`."""
+
+from __future__ import annotations
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

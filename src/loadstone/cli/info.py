@@ -1,0 +1,225 @@
+"""`loadstone info`: what a model is and how it would be loaded here, from its headers alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loadstone.errors import ConfigurationError, ResourceError
+from loadstone.units import format_size
+
+from .options import configuration, generation_options, load_options, verbose_option
+from .output import Row, heading, rows, write_json
+from .progress import shown_progress
+
+if TYPE_CHECKING:
+    from loadstone.checkpoint import ModelSpec
+    from loadstone.config import ConfigManager
+    from loadstone.planner import Plan
+
+PARTS = ("embedding", "linear", "lm_head", "norm")
+
+
+@click.command(short_help="Tell what a model is and how it would be loaded here.")
+@click.argument("model")
+@load_options
+@generation_options
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of text.")
+@verbose_option
+def info(model: str, as_json: bool, **said: Any) -> None:
+    """Tell what MODEL is and how it would be loaded here.
+
+    Its headers are read, its weights are not. Tells parameters by part, the sampling in force with where each value
+    comes from, and the plan with its reasons, or why it does not fit and what would.
+    """
+    wish = configuration(model, said)
+    with shown_progress("Looking at the model"):
+        about = _look(wish)
+    if as_json:
+        write_json(about)
+    else:
+        _show(about)
+
+
+def _look(wish: ConfigManager) -> dict[str, Any]:
+    """Return all that is told, as plain values; bytes in bytes."""
+    from loadstone.checkpoint import inspect, load_chat_template
+    from loadstone.sources import resolve
+
+    load = wish.config.model
+    files = resolve(load.base_model, revision=load.revision, offline=load.offline, retry=wish.config.retry)
+    spec = inspect(files)
+    template = load_chat_template(spec)
+    plan, refusal = _plan(wish, spec)
+    return {
+        "name": spec.name,
+        "origin": spec.origin,
+        "revision": spec.revision,
+        "folder": str(spec.folder),
+        "format": spec.format,
+        "file_bytes": sum(file.stat().st_size for file in files.weights),
+        "architecture": _architecture(spec),
+        "parameters": {"total": spec.parameters, **_parameters(spec)},
+        "types": _types(spec),
+        "max_context": spec.max_context,
+        "template": template.origin if template is not None else None,
+        "sampling": _sampling(wish, spec),
+        "plan": plan and _plan_facts(plan),
+        "refusal": refusal,
+    }
+
+
+def _plan(wish: ConfigManager, spec: ModelSpec) -> tuple[Plan | None, dict[str, Any] | None]:
+    """Return the plan that a load would make here, or why there is none; one of the two is None."""
+    # The manager is imported for what it imports: a plan counts what this process takes already.
+    from loadstone.hardware import get_device_manager, process_rss
+    from loadstone.manager import RUNTIME_ALLOWANCE
+    from loadstone.planner import plan
+
+    devices = get_device_manager()
+    try:
+        device = devices.resolve(wish.config.model.device)
+        settings = devices.optimize_memory_settings(device)
+        runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)
+        return plan(wish.config.model, spec, device, settings, runtime_bytes=runtime), None
+    except ResourceError as error:
+        needs = {"needed_bytes": error.needed, "allowed_bytes": error.allowed, "would_fit": list(error.would_fit)}
+        return None, {"message": error.message, "hint": error.hint, **needs}
+    except ConfigurationError as error:
+        return None, {"message": error.message, "hint": error.hint}
+
+
+def _architecture(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "name": spec.architecture.name,
+        "layers": spec.layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "heads": spec.heads,
+        "kv_heads": spec.kv_heads,
+        "head_size": spec.head_size,
+        "vocab_size": spec.vocab_size,
+        "tied_embeddings": spec.tied_embeddings,
+        "rope_type": spec.rope.get("rope_type"),
+        "sliding_window": spec.sliding_window if any(spec.windowed_layers) else None,
+    }
+
+
+def _parameters(spec: ModelSpec) -> dict[str, int]:
+    parts = dict.fromkeys(PARTS, 0)
+    for name, tensor in spec.tensors.items():
+        parts[spec.part_of(name)] += tensor.elements
+    return parts
+
+
+def _types(spec: ModelSpec) -> dict[str, int]:
+    """Return the bytes that tensors of each type take in the files, largest first."""
+    types: dict[str, int] = {}
+    for tensor in spec.tensors.values():
+        types[tensor.dtype] = types.get(tensor.dtype, 0) + tensor.nbytes
+    return dict(sorted(types.items(), key=lambda item: -item[1]))
+
+
+def _sampling(wish: ConfigManager, spec: ModelSpec) -> dict[str, Any]:
+    from loadstone.config import generation_from_checkpoint, resolve_generation
+
+    checkpoint = ("generation_config.json", generation_from_checkpoint(spec.generation))
+    sampling, origins = resolve_generation([checkpoint, *wish.generation_layers()])
+    return {name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()}
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
+    return {
+        "device": plan.device.torch_name,
+        "device_name": plan.device.name,
+        "device_reason": plan.device.reason,
+        "strategy": plan.strategy,
+        "context": plan.context,
+        "streams": plan.streams,
+        "forced": plan.forced,
+        "bytes": {
+            "weights": dict(plan.weight_bytes),
+            "kv_cache": plan.kv_bytes,
+            "activations": plan.activation_bytes,
+            "runtime": plan.runtime_bytes,
+            "load_peak": plan.load_peak_bytes,
+            "steady": plan.steady_bytes,
+            "allowed": plan.allowed_bytes,
+        },
+        "reasons": list(plan.reasons),
+    }
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+def _show(about: Mapping[str, Any]) -> None:
+    out = sys.stdout
+    shape = about["architecture"]
+    revision = f", revision {about['revision']}" if about["revision"] else ""
+    types = ", ".join(f"{name} {format_size(size)}" for name, size in about["types"].items())
+    parts = _listed((part, count(about["parameters"][part])) for part in PARTS if about["parameters"][part])
+    sizes = (
+        f"{shape['layers']} layers, {shape['hidden_size']} wide, {shape['heads']} heads ({shape['kv_heads']} for "
+        f"keys and values) of {shape['head_size']}, vocabulary {shape['vocab_size']}"
+    )
+    heading(out, about["name"])
+    rows(out, [
+        ("origin", f"{about['origin']}{revision}"),
+        ("files", f"{about['format']}, {format_size(about['file_bytes'])} ({types}) in {about['folder']}"),
+        ("architecture", f"{shape['name']}: {sizes}"),
+        ("parameters", f"{count(about['parameters']['total'])}: {parts}"),
+        ("context", f"{about['max_context']} tokens at most"),
+        ("chat template", about["template"] or "none: prompts are sent as they are"),
+    ])  # fmt: skip
+    heading(out, "sampling in force")
+    rows(out, ((name, _value(one)) for name, one in about["sampling"].items()))
+    if about["plan"] is None:
+        heading(out, "cannot be loaded here so")
+        rows(out, [("because", about["refusal"]["message"]), ("instead", about["refusal"]["hint"] or "")])
+    else:
+        heading(out, "plan")
+        rows(out, _plan_rows(about["plan"]))
+
+
+def _plan_rows(plan: Mapping[str, Any]) -> list[Row]:
+    sizes = plan["bytes"]
+    weights = _listed((part, format_size(size)) for part, size in sizes["weights"].items() if size)
+    working = f"KV cache {format_size(sizes['kv_cache'])}, activations {format_size(sizes['activations'])}, "
+    return [
+        ("device", f"{plan['device']}: {plan['device_name']}"),
+        ("strategy", plan["strategy"]),
+        ("context", f"{plan['context']} tokens"),
+        ("weights", f"{format_size(sum(sizes['weights'].values()))}: {weights}"),
+        ("besides", f"{working}runtime {format_size(sizes['runtime'])}"),
+        (
+            "needed",
+            f"{format_size(sizes['load_peak'])} to load, {format_size(sizes['steady'])} to answer; "
+            f"{format_size(sizes['allowed'])} is allowed",
+        ),
+        *(("" if index else "because", reason) for index, reason in enumerate(plan["reasons"])),
+    ]
+
+
+def count(number: int) -> str:
+    """Return a number of parameters for a person: 134_515_008 is "135 M"."""
+    for size, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= size:
+            value = number / size
+            return f"{value:.0f}{unit}" if value >= 99.95 else f"{value:.3g}{unit}"
+    return str(number)
+
+
+def _value(one: Mapping[str, Any]) -> str:
+    value = one["value"]
+    if isinstance(value, tuple):
+        value = ", ".join(map(repr, value)) or None
+    return f"{'none' if value is None else value} ({one['from']})"
+
+
+def _listed(pairs: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {text}" for name, text in pairs)

@@ -1,0 +1,60 @@
+"""A model for the length of a command: loaded with its progress shown, unloaded at the end whatever happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loadstone.units import format_size
+
+from .output import Row
+from .progress import shown_progress
+
+if TYPE_CHECKING:
+    from loadstone.config import ConfigManager
+    from loadstone.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A loaded model, the seconds that its load took, and what it takes in bytes."""
+
+    model: LoadedModel
+    load_s: float
+    weights_bytes: int
+    kv_bytes: int
+
+
+@contextmanager
+def loaded(configuration: ConfigManager) -> Iterator[Ready]:
+    """Load the configured model and yield it; unload it at the end, ending what it still answers."""
+    with shown_progress("Starting"):
+        from loadstone.manager import ModelManager
+
+    with ModelManager(configuration) as manager:
+        started = time.perf_counter()
+        with shown_progress("Looking at the model"):
+            _, model = manager.load_base_model()
+        load_s = time.perf_counter() - started
+        weights = sum(model.decoder.weight_bytes().values())
+        yield Ready(model, load_s, weights, model.engine.cache_bytes)
+
+
+def facts(ready: Ready) -> list[Row]:
+    """Return what a person should know of a load: where, how, in how much memory and time."""
+    plan = ready.model.plan
+    device = plan.device
+    forced = ", forced" if plan.forced else ""
+    return [
+        ("device", f"{device.torch_name}: {device.name} ({device.reason})"),
+        ("strategy", f"{plan.strategy}{forced}"),
+        (
+            "memory",
+            f"weights {format_size(ready.weights_bytes)}, KV cache {format_size(ready.kv_bytes)} "
+            f"for {plan.context} tokens",
+        ),
+        ("load", f"{ready.load_s:.2f} s"),
+    ]

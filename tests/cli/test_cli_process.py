@@ -1,0 +1,129 @@
+"""The program as the system sees it: signals, pipes, terminals and locales. Each test is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals as POSIX has them")
+
+LONG = ("--max-new-tokens", "3000", "--context", "4096")
+STORY = "Tell me a very long story about the sea, and never stop."
+
+
+def test_ctrl_c_ends_a_run_with_130_and_no_traceback(start):
+    """What was said so far stays; the rest is one word."""
+    process = start("run", "smollm2", STORY, "--raw", *LONG)
+    assert process.stdout.read(8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().strip() == "interrupted"
+
+
+def test_a_reader_that_goes_away_ends_a_run_quietly(start):
+    """`loadstone run … | head -1` says nothing about a broken pipe."""
+    process = start("run", "smollm2", STORY, "--raw", *LONG)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err == b""
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(start):
+    """Through a pipe: the answer ends, the next line is read, and the end of input ends the program."""
+    process = start("chat", "smollm2", *LONG)
+    process.stdin.write(f"{STORY}\n".encode())
+    process.stdin.flush()
+    assert process.stdout.read(8)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/system\n")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err.decode().splitlines() == ["(stopped)", "There is no system message; /system TEXT sets one."]
+
+
+def test_text_is_utf8_under_the_c_locale(start):
+    """A name that ASCII does not have is written as it is, in what remains Python's oldest trap."""
+    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start("run", "smollm2", "hi", env={**os.environ, **locale, "LOADSTONE_CONFIG": "/nowhere/配置.yaml"})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "/nowhere/配置.yaml" in err.decode("utf-8")
+
+
+class Screen:
+    """The other end of a terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.said = ""
+
+    def wait_for(self, text: str, *, count: int = 1) -> None:
+        """Read until `text` was said `count` times."""
+        end = time.monotonic() + 60
+        while self.said.count(text) < count:
+            ready, _, _ = select.select([self.descriptor], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{text!r} was not said; this was: {self.said!r}"
+            try:
+                self.said += os.read(self.descriptor, 4096).decode("utf-8", "replace")
+            except OSError as error:  # Linux says so when the last process has closed its end
+                raise AssertionError(f"{text!r} was not said; this was: {self.said!r}") from error
+
+    def type(self, text: str) -> None:
+        """Type on the keyboard."""
+        os.write(self.descriptor, text.encode())
+
+
+@pytest.fixture
+def screen():
+    """A terminal: its screen, and the descriptor that a program writes to."""
+    mine, theirs = os.openpty()
+    yield Screen(mine), theirs
+    os.close(mine)
+    os.close(theirs)
+
+
+def test_a_chat_at_a_terminal_greets_shows_progress_and_outlives_ctrl_c(start, screen):
+    """Ctrl-C at the prompt explains itself, in an answer stops it; Ctrl-D ends."""
+    view, terminal = screen
+    process = start(
+        "chat", "smollm2", *LONG, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"},
+    )  # fmt: skip
+    view.wait_for("/help lists the commands")
+    view.wait_for("> ")
+    assert "Loading" in view.said or "Looking" in view.said
+    assert "\x1b[3" not in view.said  # no colour
+    process.send_signal(signal.SIGINT)
+    view.wait_for("Ctrl-D or /quit ends.")
+    view.wait_for("> ", count=2)
+    view.type(f"{STORY}\n")
+    view.wait_for(" the ", count=3)
+    process.send_signal(signal.SIGINT)
+    view.wait_for("(stopped)")
+    view.wait_for("> ", count=3)
+    view.type("\x04")
+    assert process.wait(timeout=60) == 0
+
+
+def test_only_a_terminal_gets_progress(start, screen):
+    """Standard error on a terminal has bars; standard output, a pipe, has the answer alone."""
+    view, terminal = screen
+    process = start(
+        "run", "smollm2", "Hello.", "--max-new-tokens", "4", stdin=subprocess.DEVNULL, stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    view.wait_for("tok/s")
+    out, _ = process.communicate(timeout=60)
+    assert "\x1b[" in view.said
+    assert b"\x1b" not in out
+    assert out.strip()

@@ -1,0 +1,63 @@
+"""`loadstone run`, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+
+
+def test_the_answer_goes_to_stdout_and_the_table_to_stderr(cli):
+    """Standard output is the answer and a line break; what it took is told beside it."""
+    ended = cli("run", "smollm2", "What is the capital of France?", "--max-new-tokens", "12", "--context", "256")
+    assert ended.code == 0
+    assert "Paris" in ended.out
+    assert ended.out.endswith("\n")
+    for name in ("device", "strategy", "weights", "KV cache", "load", "first token", "tok/s"):
+        assert name in ended.err
+        assert name not in ended.out
+    assert "--max-new-tokens allows more" in ended.err
+
+
+def test_json_is_one_line_and_all_of_stdout(cli):
+    """`--json` writes one object with everything that a script needs, and nothing else."""
+    ended = cli("run", "smollm2", "--json", "--max-new-tokens", "4", "--context", "256", stdin="Say hello.\n")
+    assert ended.code == 0
+    assert ended.out.count("\n") == 1
+    said = json.loads(ended.out)
+    assert list(said) == [
+        "text", "model", "device", "strategy", "finish_reason", "usage", "timing", "memory",
+    ]  # fmt: skip
+    assert (said["model"], said["strategy"], said["finish_reason"]) == ("smollm2", "4bit", "length")
+    assert said["usage"]["completion_tokens"] == 4
+    assert set(said["timing"]) == {"load_s", "first_token_s", "tokens_per_s"}
+    assert said["memory"]["peak_rss_bytes"] > said["memory"]["weights_bytes"] > said["memory"]["kv_bytes"] > 0
+
+
+def test_stdin_is_the_prompt_as_the_argument_is(cli):
+    """The same text gives the same tokens either way: the line break that `echo` adds is not part of it."""
+    options = ("--json", "--raw", "--max-new-tokens", "3", "--context", "256")
+    piped = json.loads(cli("run", "smollm2", *options, stdin="一二三").out)
+    given = json.loads(cli("run", "smollm2", "一二三", *options).out)
+    assert (piped["text"], piped["usage"]) == (given["text"], given["usage"])
+
+
+def test_a_seed_gives_the_same_answer_again_and_options_reach_the_model(cli):
+    """Sampling options are in force: hot answers with one seed agree, and differ from the greedy one."""
+    options = ("--json", "--max-new-tokens", "12", "--context", "256", "--system", "Answer at length.")
+    hot = ("--temperature", "1.5", "--seed", "7")
+    texts = [json.loads(cli("run", "smollm2", "Tell me a story.", *options, *more).out)["text"] for more in (hot, hot)]
+    greedy = json.loads(cli("run", "smollm2", "Tell me a story.", *options).out)["text"]
+    assert texts[0] == texts[1] != greedy
+
+
+def test_an_empty_prompt_is_wrong_use(cli):
+    """Nothing on standard input is refused before a model is loaded."""
+    ended = cli("run", "smollm2", stdin=" \n")
+    assert (ended.code, ended.out) == (2, "")
+    assert "The prompt is empty" in ended.err
+
+
+def test_raw_and_system_contradict_each_other(cli):
+    """A raw prompt has no place for a system message, so both together are wrong use."""
+    ended = cli("run", "smollm2", "hi", "--raw", "--system", "be brief")
+    assert ended.code == 2
+    assert "--system" in ended.err

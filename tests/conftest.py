@@ -1,0 +1,30 @@
+"""Models that tests of several rooms share, each made or loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from loadstone import ModelManager
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[ModelManager]:
+    """The bundled model, loaded in 4 bits; leave it loaded."""
+    from loadstone import ModelManager
+
+    with ModelManager({"model_config": {"base_model": "smollm2", "quantization": "4bit"}}) as manager:
+        manager.load_base_model()
+        yield manager
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    """The folder of a small random model, which the test may spoil."""
+    from small_model import GENERATION, write_small_model
+
+    return write_small_model(tmp_path / "small-model", **GENERATION)
