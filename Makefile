@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 MODEL ?= smollm2
-PROMPT ?= What is inflation, and why do central banks raise interest rates against it?
+PROMPT ?= What is the capital of France, and why is it famous?
 ARGS ?=
 export PROMPT
 

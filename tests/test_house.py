@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what an import costs, which names are public, and that nothing prints."""
+"""The rules of the house: who may import whom, what an import costs, which names are public; and nothing prints."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROOT = Path(loadstone.__file__).parent
 # From the ground up; a room may import those on lines below its own, and none beside it. An import under
 # TYPE_CHECKING counts like any other: who names a type knows the room that it is from.
 HOUSE = (
-    ("errors", "units", "memory"),
+    ("errors", "units", "memory", "telemetry"),
     ("folders",),
-    ("config", "telemetry", "retry"),
+    ("config", "retry"),
     ("checkpoint", "hardware", "sources"),
     ("quantization", "store"),
     ("planner",),
@@ -29,9 +29,12 @@ HOUSE = (
     ("loaded",),
     ("manager",),
     ("cli", "server", "jobs"),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 
+# The second file of a vendor, by its reason.
+EXCUSED = {("jinja2", "checkpoint/template.py"): "names the errors of the templates that _jinja.py compiles"}
 VENDORS = {"bitsandbytes", "gguf", "huggingface_hub", "llvmlite", "jinja2", "transformers"}
 HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingface_hub", "tokenizers", "llvmlite"}
 
@@ -74,6 +77,9 @@ def _violations(file: Path) -> list[str]:
     for line, name in _imports(file):
         top, _, rest = name.partition(".")
         theirs = rest.split(".")[0]
+        theirs = loadstone._HOME.get(theirs, theirs)  # a public name, from the porch
+        if name == "loadstone.__version__":
+            continue
         if top != "loadstone" or theirs == mine:
             continue
         if theirs not in FLOOR:
@@ -105,21 +111,20 @@ def test_wrong_imports_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "if TYPE_CHECKING:\n    from loadstone.planner import Plan\n"
         "from loadstone.config import LoadConfig\nfrom .base import ModelFiles\nimport os, torch\n"
     )
-    assert [one.split(":")[0] for one in _violations(file)] == [
-        "line 1",
-        "line 2",
-        "line 3",
-        "line 5",
-        "line 7",
-    ] or sorted(one.split(":")[0] for one in _violations(file)) == ["line 1", "line 2", "line 3", "line 5", "line 7"]
+    assert sorted(one.split(":")[0] for one in _violations(file)) == [f"line {line}" for line in (1, 2, 3, 5, 7)]
 
 
 @pytest.mark.parametrize("vendor", sorted(VENDORS))
 def test_vendors_are_known_in_one_file(vendor: str) -> None:
     """A vendor's library is imported in one file, whose name starts with `_` or is the vendor's."""
-    files = {file for file in FILES for _, name in _imports(file) if name.split(".")[0] == vendor}
+    files = {str(file.relative_to(ROOT)) for file in FILES for _, name in _imports(file) if _is_of(name, vendor)}
+    files -= {file for excused, file in EXCUSED if excused == vendor}
     assert len(files) <= 1, files
-    assert all(file.name.startswith("_") or vendor in file.stem for file in files), files
+    assert all(Path(file).name.startswith("_") or vendor in Path(file).stem for file in files), files
+
+
+def _is_of(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
 
 
 @each_file
@@ -155,7 +160,7 @@ def test_a_plan_can_be_made_without_torch() -> None:
 def test_public_names_are_these() -> None:
     """What others build on changes on purpose only."""
     assert loadstone.__all__ == PUBLIC
-    assert dir(loadstone) == [*PUBLIC, "__version__"]
+    assert dir(loadstone) == sorted([*PUBLIC, "__version__"])
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -36,15 +36,9 @@ def test_commands_answer_and_unknown_ones_are_not_sent_to_the_model(cli, here):
     """A mistyped command costs nothing; a file that is there already is left alone."""
     (here / "mine.txt").write_text("mine")
     lines = ["/help", "/sistem x", "/system", "/save mine.txt", "/save", "/save no/such/folder"]
-    ended = cli("chat", "smollm2", *OPTIONS, "--system", "be kind", stdin="\n".join(lines))
+    broken = b"\n/system caf\xe9\n/system\n"
+    ended = cli("chat", "smollm2", *OPTIONS, "--system", "be kind", stdin="\n".join(lines).encode() + broken)
     assert (ended.code, ended.out) == (0, "")
-    for text in ("/reset", "/sistem is not a command", "be kind", "choose another name", "cannot be written"):
+    for text in ("/reset", "/sistem is not a command", "be kind", "choose another name", "cannot be written", "caf�"):
         assert text in ended.err
     assert (here / "mine.txt").read_text() == "mine"
-
-
-def test_bytes_that_are_not_utf8_do_not_end_the_conversation(cli):
-    """A broken byte becomes U+FFFD, and the answer comes."""
-    ended = cli("chat", "smollm2", *OPTIONS, stdin=b"caf\xe9 or tea?\n")
-    assert ended.code == 0
-    assert ended.out.strip()

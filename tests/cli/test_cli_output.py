@@ -23,29 +23,34 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Both streams are terminals that know colour."""
-    monkeypatch.setenv("TERM", "xterm-256color")
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(sys, "stdout", screen)
-    return screen
+    """Make both streams a terminal that knows colour, when called; return what it shows."""
+
+    def make() -> Terminal:
+        monkeypatch.setenv("TERM", "xterm-256color")
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        monkeypatch.setattr(sys, "stdout", screen)
+        return screen
+
+    return make
 
 
 def test_errors_are_coloured_on_a_terminal_only(terminal, monkeypatch):
     """NO_COLOR and a pipe both mean plain text."""
+    screen = terminal()
     say_error("it broke")
-    assert "\x1b[31m" in terminal.getvalue()
+    assert "\x1b[31m" in screen.getvalue()
     monkeypatch.setenv("NO_COLOR", "1")
-    plain = Terminal()
-    monkeypatch.setattr(sys, "stderr", plain)
+    plain = terminal()
     say_error("it broke", "mend it")
     assert plain.getvalue() == "error: it broke\n  mend it\n"
 
 
 def test_a_model_cannot_steer_the_terminal(terminal):
     """Escape sequences in an answer are shown, not obeyed; line breaks, tabs and Chinese are text."""
+    screen = terminal()
     write("a\x1b]0;title\x07b\n\t你好")
-    assert terminal.getvalue() == "a\N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}b\n\t你好"
+    assert screen.getvalue() == "a\N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}b\n\t你好"
 
 
 def test_a_pipe_gets_the_answer_as_it_is(capsys):
@@ -59,8 +64,9 @@ def test_rows_line_up_and_wrap_only_on_a_terminal(terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("NO_COLOR", "1")
     value = "one two three four five six seven eight nine ten"
-    rows(terminal, [("name", value), ("longer", "x")])
-    assert terminal.getvalue() == (
+    screen = terminal()
+    rows(screen, [("name", value), ("longer", "x")])
+    assert screen.getvalue() == (
         "name    one two three four five six\n        seven eight nine ten\nlonger  x\n"
     )  # fmt: skip
     file = io.StringIO()
@@ -79,6 +85,8 @@ def test_output_is_utf8_whatever_the_locale(monkeypatch):
 
 def test_arguments_that_are_not_utf8_become_text():
     """Python hands such bytes on as lone surrogates, which no tokenizer takes."""
+    assert clean("\udce4\udcbd\udca0") == "你"
+    assert clean("\ud800?") == "??"
     assert clean("caf\udce9 你好") == "caf\N{REPLACEMENT CHARACTER} 你好"
 
 
@@ -114,13 +122,13 @@ def test_the_log_can_be_had_as_text_and_as_json(capsys):
     assert '"event": "load.build"' in capsys.readouterr().err
 
 
-def test_bars_are_shown_on_a_terminal_and_wiped_away(terminal, monkeypatch):
+def test_bars_are_shown_on_a_terminal_and_wiped_away(terminal):
     """Downloads and loads have bars made from events while they last."""
-    monkeypatch.setattr("loadstone.cli.progress.sys.stderr", terminal)
+    screen = terminal()
     with shown_progress("Looking"):
         emit("download.progress", file="model.safetensors", done=10, total=20)
         emit("load.progress", done=1, total=2)
-    said = terminal.getvalue()
+    said = screen.getvalue()
     assert "Fetching model.safetensors" in said
     assert "Loading" in said
     assert said.rstrip().endswith("\x1b[2K")  # the last thing done is to clear the line

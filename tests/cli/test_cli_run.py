@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+
+import pytest
+
+from loadstone.cli.run import read_prompt
 
 
 def test_the_answer_goes_to_stdout_and_the_table_to_stderr(cli):
@@ -32,12 +38,14 @@ def test_json_is_one_line_and_all_of_stdout(cli):
     assert said["memory"]["peak_rss_bytes"] > said["memory"]["weights_bytes"] > said["memory"]["kv_bytes"] > 0
 
 
-def test_stdin_is_the_prompt_as_the_argument_is(cli):
-    """The same text gives the same tokens either way: the line break that `echo` adds is not part of it."""
-    options = ("--json", "--raw", "--max-new-tokens", "3", "--context", "256")
-    piped = json.loads(cli("run", "smollm2", *options, stdin="一二三").out)
-    given = json.loads(cli("run", "smollm2", "一二三", *options).out)
-    assert (piped["text"], piped["usage"]) == (given["text"], given["usage"])
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [(b"one\n", "one"), (b"one\r\n", "one"), (b"one\n\n", "one\n"), ("你好".encode(), "你好"), (b"caf\xe9", "caf�")],
+)
+def test_stdin_is_the_prompt_without_its_last_line_break(monkeypatch, given, prompt):
+    """The line break that `echo` adds is not part of it; it is UTF-8, and a broken byte becomes U+FFFD."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="ascii"))
+    assert read_prompt(None) == prompt
 
 
 def test_a_seed_gives_the_same_answer_again_and_options_reach_the_model(cli):

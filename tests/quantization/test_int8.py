@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from loadstone.quantization import int8
 from loadstone.quantization.linear import Int8Linear
 
-
 columns_of = st.sampled_from([64, 128, 192]) | st.integers(1, 200)
 
 

@@ -142,6 +142,7 @@ def test_stacked_weights_may_have_different_types() -> None:
     torch.testing.assert_close(weights.whole(nf4(*parts)), wanted, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # it copies then, which is all that is asked of it
 @pytest.mark.usefixtures("kernels")
 def test_weights_that_do_not_lie_in_order_are_read_as_they_are() -> None:
     weight = weights.random(192, 64).T

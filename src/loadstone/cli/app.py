@@ -56,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     use_utf8()
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
     except BrokenPipeError:
         # The reader has all it wanted (`| head -1`).
         code = 0
@@ -74,6 +73,7 @@ def _run(arguments: Sequence[str]) -> int:
         # Not `loadstone.main()`: it would turn a broken pipe into a failure, and Ctrl-C into "Aborted!".
         with loadstone.make_context("loadstone", list(arguments), obj=session) as context:
             loadstone.invoke(context)
+        sys.stdout.flush()
     except click.exceptions.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, click.Abort):

@@ -51,7 +51,7 @@ def _as_json(found: Diagnosis) -> dict[str, Any]:
 
 def _show(found: Diagnosis) -> None:
     out = sys.stdout
-    heading(out, "checks")
+    heading(out, "checks", is_first=True)
     rows(out, ((check.name, f"{_mark(check)}  {check.found}") for check in found.checks))
     heading(out, "devices")
     rows(out, _devices(found.facts))

@@ -167,7 +167,7 @@ def _show(about: Mapping[str, Any]) -> None:
         f"{shape['layers']} layers, {shape['hidden_size']} wide, {shape['heads']} heads ({shape['kv_heads']} for "
         f"keys and values) of {shape['head_size']}, vocabulary {shape['vocab_size']}"
     )
-    heading(out, about["name"])
+    heading(out, about["name"], is_first=True)
     rows(out, [
         ("origin", f"{about['origin']}{revision}"),
         ("files", f"{about['format']}, {format_size(about['file_bytes'])} ({types}) in {about['folder']}"),

@@ -86,23 +86,34 @@ def rows(stream: TextIO, pairs: Iterable[Row]) -> None:
         if width > indent + 20:
             lines = textwrap.wrap(value, width - indent, break_long_words=False, break_on_hyphens=False) or [""]
         label = _styled(name, stream, dim=True) + " " * (indent - len(name))
-        text = ("\n" + " " * indent).join(line.translate(_CONTROLS) for line in lines)
+        text = ("\n" + " " * indent).join(map(_harmless, lines))
         stream.write((label + text).rstrip() + "\n")
     stream.flush()
 
 
-def heading(stream: TextIO, text: str) -> None:
-    """Write the title of a group of rows."""
-    stream.write("\n" + _styled(text.translate(_CONTROLS), stream, bold=True) + "\n")
+def heading(stream: TextIO, text: str, *, is_first: bool = False) -> None:
+    """Write the title of a group of rows, with an empty line before it unless it is the first."""
+    stream.write(("" if is_first else "\n") + _styled(_harmless(text), stream, bold=True) + "\n")
+    stream.flush()
 
 
 def clean(text: str) -> str:
-    """Return text from the command line or a terminal as valid Unicode: bytes that were not UTF-8 become U+FFFD."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Return text from the command line, a terminal or the environment as what its bytes are in UTF-8.
+
+    Python hands on bytes that the locale does not have as lone surrogates; what is not UTF-8 becomes U+FFFD.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _harmless(text: str) -> str:
+    return clean(text).translate(_CONTROLS)
 
 
 def _line(stream: TextIO, text: str, **style: Any) -> None:
-    stream.write(_styled(text.translate(_CONTROLS), stream, **style) + "\n")
+    stream.write(_styled(_harmless(text), stream, **style) + "\n")
     stream.flush()
 
 

@@ -35,7 +35,7 @@ def run(model: str, prompt: str | None, system: str | None, raw: bool, as_json: 
     if raw and system is not None:
         raise click.UsageError("--raw sends the prompt as it is, so --system has no place in it.")
     wish = configuration(model, said)
-    text = _prompt(prompt)
+    text = read_prompt(prompt)
     with loaded(wish) as ready:
         _mention_template(ready, raw=raw, system=system)
         result = _answer(ready, text, raw=raw, system=clean(system) if system else None, is_shown=not as_json)
@@ -46,7 +46,7 @@ def run(model: str, prompt: str | None, system: str | None, raw: bool, as_json: 
             rows(sys.stderr, [*facts(ready), *_costs(ready, result)])
 
 
-def _prompt(given: str | None) -> str:
+def read_prompt(given: str | None) -> str:
     """Return the prompt from the command line, or all of standard input without its last line break."""
     if given is not None:
         text = clean(given)

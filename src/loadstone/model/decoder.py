@@ -111,6 +111,15 @@ class Decoder:
             "norm": sum(vector.nbytes for vector in vectors if vector is not None),
         }
 
+    def _check(self, segments: Sequence[Segment], cache: KVCache) -> None:
+        """Refuse what would write beyond the cache: kernels do not look."""
+        for one in segments:
+            stop = one.start + one.length
+            if min(one.base, one.start, one.length - 1) < 0 or one.base + stop > cache.tokens:
+                raise ValueError(f"{one} is outside the cache, which has {cache.tokens} places")
+            if stop > len(self.cosines):
+                raise ValueError(f"{one} goes beyond the context, which has {len(self.cosines)} positions")
+
     @torch.inference_mode()
     def forward(
         self, ids: Sequence[int], segments: Sequence[Segment], cache: KVCache, *, every_token: bool = False
@@ -119,6 +128,7 @@ class Decoder:
 
         `ids` are the new tokens of all segments, one after the other. Their keys and values are added to `cache`.
         """
+        self._check(segments, cache)
         batch = _Batch(segments, self)
         epsilon = self.norm_epsilon
         x = self.embedding.lookup(torch.tensor(ids, device=self.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 from .base import Strategy
@@ -27,7 +28,8 @@ class NoQuantization(Strategy):
 
         from .linear import DenseLinear
 
-        kept = weights[0].dtype if device.type == "cpu" else dtype
+        own = reduce(torch.promote_types, [weight.dtype for weight in weights])
+        kept = own if device.type == "cpu" else dtype
         joined = torch.empty(sum(len(weight) for weight in weights), weights[0].shape[1], dtype=kept, device=device)
         torch.cat([weight.to(device, kept) for weight in weights], out=joined)
         return DenseLinear(joined, dtype)

@@ -70,7 +70,8 @@ def _int8_worker(module: Any, kind: str) -> Any:
 
         def widest(c: Any, so_far: Any) -> list[Any]:
             found = k.magnitude(load_floats(k, kind, weights, k.add(at, c), BLOCK))
-            return [k.select(k.fcmp_unordered(">", found, so_far), found, so_far)]
+            bits = [k.bitcast(one, vector(I32, BLOCK)) for one in (found, so_far)]  # in order; NaN above all
+            return [k.select(k.icmp_unsigned(">", *bits), found, so_far)]
 
         most = k.largest(k.loop(I64(0), columns, BLOCK, widest, zeros)[0])
         factor = k.select(k.fcmp_ordered(">", most, F32(0.0)), k.fdiv(F32(127.0), most), F32(0.0))
