@@ -15,7 +15,7 @@ export PROMPT
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
-	@$(BIN)/loadstone run "$(MODEL)" "$$PROMPT" $(ARGS)
+	@$(BIN)/loadstone run $(ARGS) -- "$(MODEL)" "$$PROMPT"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -360,7 +360,7 @@ def test_one_spoilt_answer_does_not_spoil_the_others(model: LoadedModel, alone: 
         def spoil(segments: Any, logits: torch.Tensor) -> torch.Tensor:
             logits = logits.clone()
             for row, segment in enumerate(segments):
-                if segment.base > 0 and segment.start > 40:
+                if segment.base > 0 and segment.start > 32:  # its third token or so
                     logits[row, 5] = torch.nan
             return logits
 
@@ -379,10 +379,13 @@ def test_failure_while_text_is_made_is_that_answers_own(model: LoadedModel, alon
 
         class Broken:
             def push(self, token: int) -> str:
-                raise KeyError(token)
+                asked.append(token)
+                if len(asked) > 5:
+                    raise KeyError(token)
+                return ""
 
         def new_text() -> Any:
-            asked.append(1)
+            asked.append(-1)
             return Broken() if len(asked) == 1 else make()
 
         engine._batcher._new_text = new_text
@@ -517,3 +520,24 @@ def test_cache_is_renewed_between_answers_only(model: LoadedModel) -> None:
         assert engine.renew_cache()
         assert before() is None
         assert engine.generate("The capital of France is", SHORT, raw=True).text == text
+
+
+def test_cache_is_not_renewed_before_the_last_answer_left_it(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for a fresh cache in the moment in which the last answer leaves gets none of its places twice."""
+    with watched_engine(model) as (engine, _):
+        cache = engine._batcher.cache
+        release, renewed, seen = cache.release, [], []
+
+        def slow(first: int, count: int) -> None:
+            other = threading.Thread(target=lambda: renewed.append(engine.renew_cache()), daemon=True)
+            other.start()
+            other.join(0.3)
+            seen.append(list(renewed))
+            release(first, count)
+
+        monkeypatch.setattr(cache, "release", slow)
+        engine.generate("Hi", Sampling(max_new_tokens=1))
+        assert seen == [[]]
+        assert _is_empty(engine)

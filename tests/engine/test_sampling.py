@@ -17,9 +17,9 @@ from loadstone.engine.sampling import CANDIDATES, Sampler
 from loadstone.errors import GenerationError
 
 VOCABULARY = 40
-PROMPT = [3, 5, 5, 39]
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)) * 2
-DRAWS = 2000
+PROMPT = [3, 5, 5, *LOGITS.argsort(descending=True)[[0, 1, 12, 25, 26]].tolist()]  # likely and unlikely ones
+DRAWS = 4000
 
 RULES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.6},

@@ -153,8 +153,8 @@ def test_one_manager_a_process() -> None:
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
-        (CPU, ("float32", "float16", 128, 8)),
-        (Device("cpu", None, "x", 1, 1, 4, frozenset({"avx512_bf16"})), ("float32", "float16", 128, 4)),
+        (CPU, ("float32", "float16", 64, 8)),
+        (Device("cpu", None, "x", 1, 1, 4, frozenset({"avx512_bf16"})), ("float32", "float16", 64, 4)),
         (LARGE, ("bfloat16", "bfloat16", 2048, 0)),
         (SMALL, ("float16", "float16", 2048, 0)),
         (APPLE, ("float16", "float16", 512, 0)),

@@ -112,15 +112,13 @@ class Engine:
 
 def _conversation(prompt: Prompt, system: str | None) -> list[Mapping[str, Any]]:
     if isinstance(prompt, str):
-        messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, Sequence) and prompt and all(isinstance(one, Mapping) for one in prompt):
-        messages = list(prompt)
-    else:
+        prompt = [{"role": "user", "content": prompt}]
+    elif not isinstance(prompt, Sequence) or not prompt or not all(isinstance(one, Mapping) for one in prompt):
         raise ConfigurationError(
             "A prompt is a text, or a list of one or more messages.",
             hint='For example [{"role": "user", "content": "你好"}].',
         )
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    return [*prompt] if system is None else [{"role": "system", "content": system}, *prompt]
 
 
 def _fold(stream: Stream) -> GenerationResult:

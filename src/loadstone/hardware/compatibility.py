@@ -151,7 +151,7 @@ def _cpu_settings(device: Device) -> MemorySettings:
     reasons = (
         "float32 activations: the products scale them to 15-bit integers themselves, and norms lose nothing",
         "float16 KV cache: half of float32's bytes to keep and to read for each token",
-        "128 prompt tokens at a time: products are at full speed, and Ctrl-C is heard soon",
+        "64 prompt tokens at a time: products are at full speed, and Ctrl-C is heard soon",
         f"{device.cores} threads: the cores this process may use",
     )
-    return MemorySettings("float32", "float16", 128, device.cores, reasons)
+    return MemorySettings("float32", "float16", 64, device.cores, reasons)
