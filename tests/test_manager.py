@@ -515,16 +515,12 @@ def test_refusal_says_what_would_fit(events: list[Event]) -> None:
     """With room for the bundled model in 4 bits, `none` is refused with that advice."""
     wish = {"base_model": "smollm2", "quantization": "none", "context": 8192}
     generous = ModelManager({"model_config": {**wish, "max_memory": "64GB", "force": True}})
-    needed = generous._plan(_inspected(generous)).needed_bytes
+    needed = generous.plan().needed_bytes
     manager = ModelManager({"model_config": {**wish, "max_memory": needed - 100_000_000}})
     error = _fails_and_leaves_nothing(manager, ResourceError, "Would fit")
     assert isinstance(error, ResourceError)
     assert any("4bit" in way for way in error.would_fit)
     assert "load.build" not in _names(events)
-
-
-def _inspected(manager: ModelManager) -> Any:
-    return loadstone.manager.inspect(manager._resolve())
 
 
 # -- answers and facts ------------------------------------------------------------------------------------------------

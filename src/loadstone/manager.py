@@ -72,7 +72,7 @@ class ModelManager:
             spec = inspect(files)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
         with self._phase("plan", phases):
-            decision = self._plan(spec)
+            decision = self.plan(spec)
         with self._phase("build", phases), open_weights(spec) as weights:
             decoder = build(decision, spec, weights)
         with self._phase("ready", phases):
@@ -88,17 +88,6 @@ class ModelManager:
     def _resolve(self) -> ModelFiles:
         wish = self.config.config.model
         return resolve(wish.base_model, revision=wish.revision, offline=wish.offline, retry=self.config.config.retry)
-
-    def _plan(self, spec: ModelSpec) -> Plan:
-        import torch
-
-        wish = self.config.config.model
-        device = self._devices.resolve(wish.device)
-        settings = self._devices.optimize_memory_settings(device)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)
-        return plan(wish, spec, device, settings, runtime_bytes=runtime)
 
     @contextmanager
     def _phase(self, name: str, phases: dict[str, float]) -> Iterator[None]:
@@ -179,6 +168,19 @@ class ModelManager:
         return self._ready().generate_batch(prompts, config, raw=raw, system=system, **settings)
 
     # -- facts ----------------------------------------------------------------------------------------------------
+
+    def plan(self, spec: ModelSpec | None = None) -> Plan:
+        """Return how the configured model would be loaded here, from its headers alone.
+
+        Raises ResourceError when it does not fit, and what `load_base_model` raises for its files. `spec` is what
+        the headers say, where that is known already.
+        """
+        wish = self.config.config.model
+        spec = spec or inspect(self._resolve())
+        device = self._devices.resolve(wish.device)
+        settings = self._devices.optimize_memory_settings(device)
+        runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)
+        return plan(wish, spec, device, settings, runtime_bytes=runtime)
 
     def is_loaded(self) -> bool:
         """Tell whether a model is ready to answer."""

@@ -75,17 +75,10 @@ def _look(wish: ConfigManager) -> dict[str, Any]:
 
 def _plan(wish: ConfigManager, spec: ModelSpec) -> tuple[Plan | None, dict[str, Any] | None]:
     """Return the plan that a load would make here, or why there is none; one of the two is None."""
-    # The manager is imported for what it imports: a plan counts what this process takes already.
-    from loadstone.hardware import get_device_manager, process_rss
-    from loadstone.manager import RUNTIME_ALLOWANCE
-    from loadstone.planner import plan
+    from loadstone.manager import ModelManager
 
-    devices = get_device_manager()
     try:
-        device = devices.resolve(wish.config.model.device)
-        settings = devices.optimize_memory_settings(device)
-        runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)
-        return plan(wish.config.model, spec, device, settings, runtime_bytes=runtime), None
+        return ModelManager(wish).plan(spec), None
     except ResourceError as error:
         needs = {"needed_bytes": error.needed, "allowed_bytes": error.allowed, "would_fit": list(error.would_fit)}
         return None, {"message": error.message, "hint": error.hint, **needs}

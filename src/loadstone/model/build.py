@@ -40,8 +40,10 @@ def build(plan: Plan, spec: ModelSpec, weights: WeightReader) -> Decoder:
     """Return the decoder that `plan` describes, made from a checkpoint's weights.
 
     Emits `load.progress` (bytes done, bytes in all) after each product, and `load.warning` when weights hold NaN or
-    infinity. Whatever it raises, nothing it made remains.
+    infinity. Sets how many threads torch uses to what the plan says. Whatever it raises, nothing it made remains.
     """
+    if plan.settings.threads:
+        torch.set_num_threads(plan.settings.threads)
     return _Builder(plan, spec, weights).build()
 
 
