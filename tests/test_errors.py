@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 
+import httpx2
 import pytest
+import requests
 
 from loadstone import errors
 from loadstone.errors import (
@@ -21,6 +27,7 @@ from loadstone.errors import (
     handle_exceptions,
     is_out_of_memory,
     is_transient,
+    wait_asked_for,
 )
 
 
@@ -138,7 +145,6 @@ def test_the_error_to_translate_into_may_be_chosen() -> None:
             raise KeyError("prompt")
 
 
-@pytest.mark.xfail(reason="contextlib takes a RuntimeError caused by StopIteration for its own and drops it")
 def test_a_stop_iteration_is_translated_too() -> None:
     """An empty iterator inside the block must not end a loop outside it."""
     with pytest.raises(GenerationError):
@@ -177,3 +183,38 @@ def test_it_works_as_a_decorator_each_time() -> None:
             halve(number)
     assert halve(6) == 3
     assert halve.__doc__ == "Halve."
+
+
+def http_error(status: int, headers: dict[str, str] | None = None) -> urllib.error.HTTPError:
+    message = Message()
+    for name, value in (headers or {}).items():
+        message[name] = value
+    return urllib.error.HTTPError("http://127.0.0.1/", status, "…", message, None)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_http_errors_that_pass_are_transient(status: int) -> None:
+    assert is_transient(http_error(status))
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_http_errors_that_stay_are_not_transient(status: int) -> None:
+    assert not is_transient(http_error(status))
+
+
+def test_timeouts_and_refusals_of_http_libraries_are_transient() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    for ask in (urllib.request.urlopen, requests.get, httpx2.get):
+        with pytest.raises(Exception) as caught:
+            ask(closed, timeout=1)
+        assert is_transient(caught.value), caught.value
+    assert is_transient(httpx2.ReadTimeout("late"))
+    assert is_transient(requests.exceptions.ReadTimeout("late"))
+
+
+def test_the_wait_that_a_server_asks_for_is_read_from_a_foreign_error() -> None:
+    assert wait_asked_for(http_error(429, {"Retry-After": "7"})) == 7.0
+    assert wait_asked_for(http_error(429)) is None
+    assert wait_asked_for(ValueError()) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,3 +173,12 @@ def test_public_names_are_there(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="loadston"):
         _ = loadstone.load_qwen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "3000"), ("77", "77")])
+def test_the_spinning_of_openmp_is_bounded_unless_the_user_said_how(given: str | None, found: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"GOMP_SPINCOUNT": given} if given else {}
+    script = "import loadstone, os; print(os.environ['GOMP_SPINCOUNT'])"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found

@@ -321,7 +321,7 @@ def test_interrupted_unload_unloads_all_the_same(manager: ModelManager, monkeypa
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.engine, "wait_until_idle", interrupt)
+    monkeypatch.setattr(model.engine, "drain", interrupt)
     with pytest.raises(KeyboardInterrupt):
         manager.unload_model()
     assert _alive(weights) == 0
@@ -703,3 +703,56 @@ def test_managers_live_side_by_side(small_model: Path, smollm2: ModelManager) ->
         assert smollm2.get_model_info()["strategy"] == "4bit"
     assert smollm2.is_loaded()
     assert smollm2.generate("Hi", max_new_tokens=2).usage.completion_tokens <= 2
+
+
+def test_an_unknown_strategy_is_refused_before_anything_is_fetched(events: list[Event]) -> None:
+    manager = ModelManager({"model_config": {"base_model": "smollm2", "quantization": "4bits"}})
+    with pytest.raises(ConfigurationError, match=r"argument: quantization '4bits' is not known\n.*mean 4bit"):
+        manager.load_base_model()
+    assert not [event for event in events if event.name.startswith("load.")]
+
+
+def test_a_phase_is_logged_with_model_phase_bytes_and_seconds(small_model: Path, events: list[Event]) -> None:
+    with ModelManager({"model_config": {"base_model": str(small_model)}}) as manager:
+        manager.load_base_model()
+    (built,) = [event for event in events if event.name == "load.build"]
+    assert built.fields["model"] == str(small_model)
+    assert built.fields["phase"] == "build"
+    assert built.fields["bytes"] > 0
+    assert built.fields["seconds"] > 0
+
+
+def test_a_failed_phase_is_logged_with_its_error(small_model: Path, events: list[Event]) -> None:
+    (small_model / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError):
+        ModelManager({"model_config": {"base_model": str(small_model)}}).load_base_model()
+    (failed,) = [event for event in events if event.fields.get("ok") is False]
+    assert failed.fields["error"].startswith("CheckpointError: ")
+
+
+def test_a_plan_reads_no_weights(events: list[Event]) -> None:
+    plan = ModelManager({"model_config": {"base_model": "smollm2"}}).plan()
+    assert plan.strategy == "4bit"
+    assert plan.needed_bytes <= plan.allowed_bytes
+    assert not [event for event in events if event.name == "load.build"]
+
+
+def test_the_memory_that_a_refusal_advises_is_enough() -> None:
+    def refused(limit: str) -> ResourceError:
+        with pytest.raises(ResourceError) as caught:
+            ModelManager({"model_config": {"base_model": "smollm2", "max_memory": limit}}).plan()
+        return caught.value
+
+    advised = re.search(r"at least ([0-9.]+ [KMG]B)", str(refused("300MB")))
+    assert advised is not None
+    plan = ModelManager({"model_config": {"base_model": "smollm2", "max_memory": advised[1]}}).plan()
+    assert plan.needed_bytes <= plan.allowed_bytes
+
+
+def test_a_model_being_unloaded_takes_no_more_requests(small_model: Path) -> None:
+    manager = ModelManager({"model_config": {"base_model": str(small_model)}})
+    _, model = manager.load_base_model()
+    model.engine.drain()
+    with pytest.raises(GenerationError, match="unloaded"):
+        model.generate("more", max_new_tokens=1)
+    manager.unload_model()

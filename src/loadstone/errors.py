@@ -111,15 +111,48 @@ class ModelNotLoadedError(GenerationError):
     """An answer was asked of a manager that holds no model."""
 
 
+# What HTTP libraries call timeouts and broken connections; they share no base class but these names.
+_TRANSIENT_NAMES = frozenset(
+    ("Timeout", "TimeoutException", "NetworkError", "ConnectionError", "RemoteProtocolError", "ProtocolError")
+)
+_TRANSIENT_STATUS = frozenset((408, 425, 429))
+
+
 def is_transient(error: BaseException) -> bool:
     """Tell whether the same action may succeed when simply repeated.
 
-    True for `TransientSourceError`, timeouts and broken connections. Never for anything about memory,
+    True for `TransientSourceError`, timeouts and broken connections, and HTTP's 408, 425, 429 and 5xx, from the
+    standard library and from requests, httpx, urllib3 and their like. Never for anything about memory,
     configuration or permission.
     """
     if isinstance(error, LoadstoneError):
         return isinstance(error, TransientSourceError)
-    return isinstance(error, (TimeoutError, ConnectionError))
+    status = _http_status(error)
+    if status is not None:
+        return status >= 500 or status in _TRANSIENT_STATUS
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return True
+    if isinstance(reason := getattr(error, "reason", None), BaseException):  # urllib's URLError wraps the cause
+        return is_transient(reason)
+    return any(kind.__name__ in _TRANSIENT_NAMES for kind in type(error).__mro__)
+
+
+def wait_asked_for(error: BaseException) -> float | None:
+    """Return the seconds that a server asked to wait (Retry-After), where the error says so in seconds."""
+    if (known := getattr(error, "retry_after", None)) is not None:
+        return float(known)
+    holder = getattr(error, "response", None)
+    headers = getattr(error if holder is None else holder, "headers", None) or {}
+    text = str(headers.get("Retry-After", ""))
+    return float(text) if text.isdigit() else None
+
+
+def _http_status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    for status in (getattr(response, "status_code", None), getattr(error, "code", None)):
+        if isinstance(status, int) and 100 <= status < 600:
+            return status
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

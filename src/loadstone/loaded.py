@@ -57,9 +57,10 @@ class LoadedModel:
         system: str | None = None, **settings: Any,
     ) -> list[GenerationResult]:  # fmt: skip
         """Return the answers to several prompts; see `ModelManager.generate_batch`."""
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise ConfigurationError(
-                "generate_batch takes a list of prompts, not one text", hint="Write generate_batch([prompt])."
+                f"generate_batch takes a list of prompts, not {type(prompts).__name__}",
+                hint="Write generate_batch([prompt, …]).",
             )
         return self.engine.generate_batch(prompts, self.sampling(config, settings)[0], raw=raw, system=system)
 
@@ -85,7 +86,7 @@ class LoadedModel:
             "revision": spec.revision,
             "architecture": spec.architecture.name,
             "format": spec.format,
-            "parameters": {"total": spec.parameters, **_parameters_by_part(spec)},
+            "parameters": {"total": spec.parameters, **spec.parameters_by_part},
             "strategy": plan.strategy,
             "device": plan.device.torch_name,
             "device_name": plan.device.name,
@@ -107,10 +108,3 @@ class LoadedModel:
             "template": template.origin if template is not None else None,
             "sampling": {name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()},
         }
-
-
-def _parameters_by_part(spec: ModelSpec) -> dict[str, int]:
-    parts = dict.fromkeys(("embedding", "linear", "lm_head", "norm"), 0)
-    for name, tensor in spec.tensors.items():
-        parts[spec.part_of(name)] += tensor.elements
-    return parts

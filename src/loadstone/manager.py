@@ -24,6 +24,7 @@ from .loaded import LoadedModel
 from .memory import forget_frames, give_back
 from .model import build
 from .planner import Plan, plan
+from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
@@ -66,15 +67,18 @@ class ModelManager:
 
     def _load(self) -> LoadedModel:
         phases: dict[str, float] = {}
-        with self._phase("resolve", phases):
+        self._check_wish()
+        with self._phase("resolve", phases) as found:
             files = self._resolve()
+            found["bytes"] = sum(file.stat().st_size for file in files.weights)
         with self._phase("inspect", phases):
             spec = inspect(files)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
         with self._phase("plan", phases):
             decision = self.plan(spec)
-        with self._phase("build", phases), open_weights(spec) as weights:
+        with self._phase("build", phases) as made, open_weights(spec) as weights:
             decoder = build(decision, spec, weights)
+            made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)
             give_back()  # what quantising left behind in the allocator
@@ -89,11 +93,29 @@ class ModelManager:
         wish = self.config.config.model
         return resolve(wish.base_model, revision=wish.revision, offline=wish.offline, retry=self.config.config.retry)
 
+    def _check_wish(self) -> None:
+        """Refuse, before anything is fetched, what no model's files could make right."""
+        wish = self.config.config.model
+        with self._naming("model_config.quantization"):
+            if wish.quantization != AUTO:
+                find_strategy(wish.quantization)
+        with self._naming("model_config.device"):
+            self._devices.resolve(wish.device)
+
     @contextmanager
-    def _phase(self, name: str, phases: dict[str, float]) -> Iterator[None]:
-        started = time.perf_counter()
-        with timed(f"load.{name}", model=self.config.config.model.base_model, rss=process_rss()):
+    def _naming(self, key: str) -> Iterator[None]:
+        """Say of a refused setting where it was set."""
+        try:
             yield
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.config.origin(key)}: {error.message}", key=key, hint=error.hint) from error
+
+    @contextmanager
+    def _phase(self, name: str, phases: dict[str, float]) -> Iterator[dict[str, Any]]:
+        started = time.perf_counter()
+        model = self.config.config.model.base_model
+        with timed(f"load.{name}", model=model, phase=name, rss=process_rss()) as more:
+            yield more
         phases[name] = time.perf_counter() - started
 
     @contextmanager
@@ -117,7 +139,7 @@ class ModelManager:
             with timed("unload", model=model.spec.name):
                 try:
                     if not cancel:
-                        model.engine.wait_until_idle()
+                        model.engine.drain()
                 finally:  # also when Ctrl-C ends the wait
                     model.engine.close()
                     model.decoder.release()

@@ -10,10 +10,11 @@ import functools
 import inspect
 import random
 import time
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
 
-from loadstone.errors import ConfigurationError, is_out_of_memory, is_transient
+from loadstone.errors import ConfigurationError, is_out_of_memory, is_transient, wait_asked_for
 from loadstone.telemetry import emit
 
 LONGEST_RETRY_AFTER = 120.0
@@ -84,8 +85,12 @@ def retry_call(
     retry_if: RetryIf = is_transient,
     action: str = "the call",
     event: str = "call.retry",
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Result:
-    """Return what `function` returns, calling it up to `max_attempts` times; see `retry_on_exception`."""
+    """Return what `function` returns, calling it up to `max_attempts` times; see `retry_on_exception`.
+
+    `about` are fields for the events, such as the model.
+    """
     _check(max_attempts, first_wait, max_wait, event)
     attempt = 1
     while True:
@@ -100,7 +105,8 @@ def retry_call(
             reason = f"{type(error).__name__}: {_first_line(error)}"
         # Outside the except block: while it waits, the error and its traceback, which pin every local of the
         # failed attempt (tensors among them), are gone.
-        emit(event, action=action, attempt=attempt, max_attempts=max_attempts, wait=wait, reason=reason)
+        counted = {"attempt": attempt, "max_attempts": max_attempts, "wait": wait}
+        emit(event, **about, action=action, **counted, reason=reason)
         _sleep(wait)
         attempt += 1
 
@@ -111,7 +117,7 @@ def _next_wait(
     """Return the seconds to wait before the next attempt, None when there shall be none."""
     if attempt >= max_attempts or is_out_of_memory(error) or not _matches(error, retry_if):
         return None
-    asked = getattr(error, "retry_after", None) or 0.0
+    asked = wait_asked_for(error) or 0.0
     if asked > LONGEST_RETRY_AFTER:
         error.add_note(f"The server asks to wait {asked:.0f} s; try again after that.")
         return None

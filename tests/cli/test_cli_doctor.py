@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from loadstone.cli import diagnosis
-from loadstone.hardware import MemoryLimits
+from loadstone.cli.folders import try_folder
+from loadstone.hardware import Device, MemoryLimits
 from loadstone.hardware.limits import CgroupLimit
 
 
@@ -87,6 +88,26 @@ def test_a_full_disk_says_which_setting_moves_the_cache(monkeypatch):
     assert "HF_HOME" in found.problems[0].remedy
 
 
+def test_a_cache_folder_that_cannot_be_made_is_a_problem_with_a_remedy(monkeypatch, here):
+    """A file where the folder should be is told, though its rights would allow writing."""
+    (here / "file").write_text("mine")
+    monkeypatch.setenv("LOADSTONE_HOME", str(here / "file"))
+    found = found_by(diagnosis._disk)
+    problem = next(check for check in found.problems if check.name == "own cache")
+    assert "cannot be made" in problem.found
+    assert "LOADSTONE_HOME" in problem.remedy
+    assert [place["writable"] for place in found.facts["disk"] if place["for"] == "own cache"] == [False]
+
+
+def test_trying_a_folder_leaves_nothing_behind(here):
+    """Neither a file nor the folders above it; what was there stays."""
+    try_folder(here / "a" / "b" / "cache")
+    assert list(here.iterdir()) == []
+    (here / "kept").mkdir()
+    try_folder(here / "kept")
+    assert list(here.rglob("*")) == [here / "kept"]
+
+
 def test_offline_settings_are_told_and_the_token_is_not(monkeypatch):
     """Offline is a choice and no problem; that there is a token is told, never the token."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -106,3 +127,20 @@ def test_kernels_that_cannot_be_had_cost_speed_and_nothing_else(monkeypatch):
     diagnosis._kernels(found)
     assert found.is_usable
     assert "AVX2" in found.problems[0].remedy
+
+
+def test_kernels_that_a_capable_processor_lacks_are_not_blamed_on_it(monkeypatch):
+    """With AVX2 the reason is another one, and the advice says nothing of AVX2."""
+    monkeypatch.setattr(diagnosis, "_kernel_problem", lambda: "NotADirectoryError: cache")
+    monkeypatch.setattr(diagnosis, "_import_problem", lambda _: None)
+    found = diagnosis.Diagnosis(facts={"devices": [{"device": "cpu", "capabilities": ["avx2"]}]})
+    diagnosis._kernels(found)
+    assert "AVX2" not in found.problems[0].remedy
+    assert "own cache" in found.problems[0].remedy
+
+
+def test_a_device_that_was_passed_over_is_told_why():
+    """Beside the chosen one, each other device has its reason."""
+    best = Device("cuda", 0, "big", 2, 2, passed_over=("mps: no such thing", "cpu: slower"))
+    assert diagnosis._device_facts(Device("cpu", None, "small", 1, 1), best)["passed_over"] == "slower"
+    assert diagnosis._device_facts(best, best)["passed_over"] == ""

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from loadstone.cli.info import count
+from loadstone.quantization import find_strategy
 
 
 def test_info_tells_the_model_the_plan_and_where_sampling_comes_from(cli, here, monkeypatch):
@@ -25,6 +26,8 @@ def test_info_tells_the_model_the_plan_and_where_sampling_comes_from(cli, here, 
     assert about["sampling"]["top_k"] == {"value": 5, "from": "argument"}
     assert about["sampling"]["seed"]["from"] == "default"
     assert about["plan"]["strategy"] == "4bit"
+    assert about["plan"]["strategy_summary"] == find_strategy("4bit").summary
+    assert all(": " in reason for reason in about["plan"]["device_passed_over"])
     assert about["plan"]["bytes"]["weights"]["linear"] > 50_000_000
     assert any("quantization 4bit" in reason for reason in about["plan"]["reasons"])
     assert about["refusal"] is None
@@ -40,12 +43,28 @@ def test_a_refusal_is_told_with_what_would_help(cli):
     assert "max_memory" in about["refusal"]["hint"]
 
 
+def test_a_setting_that_cannot_be_meant_is_wrong_use(cli):
+    """A device that does not exist is a mistake, not an answer; which of the two exits with 0 is in the help."""
+    ended = cli("info", "smollm2", "--device", "toaster", "--json")
+    assert (ended.code, ended.out) == (2, "")
+    assert "toaster" in ended.err
+    assert "exits with 0" in " ".join(cli("info", "--help").out.split())
+
+
 def test_text_is_for_people_and_a_missing_model_is_a_failure(cli):
     """The same facts as rows; a model that is not there ends with 3."""
     ended = cli("info", "smollm2")
     assert ended.code == 0
     assert ended.err == ""
-    for text in ("135 M", "llama: 30 layers", "sampling in force", "temperature", "(default)", "4bit", "is allowed"):
+    for text in (
+        "135 M",
+        "llama: 30 layers",
+        "sampling in force",
+        "temperature",
+        "(default)",
+        "4bit: NF4",
+        "is allowed",
+    ):
         assert text in ended.out
     assert cli("info", "./nowhere").code == 3
 

@@ -27,6 +27,44 @@ def test_ctrl_c_ends_a_run_with_130_and_no_traceback(start):
     assert err.decode().strip() == "interrupted"
 
 
+@pytest.mark.parametrize("module", ["click.core", "pydantic_core", "numpy.version", "numpy.linalg", "torch._ops"])
+def test_ctrl_c_while_libraries_are_imported_ends_with_130(module):
+    """Not even numpy, which makes an error of its own of it or loses it, gets in between."""
+    command = [sys.executable, "-X", "importtime", "-m", "loadstone", "run", "smollm2", STORY]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        assert any(line.split()[-1] == module.encode() for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    said = [line for line in err.decode().splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, said, out) == (130, ["interrupted"], b"")
+
+
+def shell(redirection, *arguments):
+    """Run the program with a stream closed by the shell."""
+    command = ["sh", "-c", f'exec "$0" -m loadstone "$@" {redirection}', sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirection"),
+    [(("--version",), ">&-"), (("--version",), "<&- >&- 2>&-"), (("run", "smollm2", "hi", "--context", "256"), ">&-")],
+)
+def test_a_closed_standard_output_is_a_reader_that_went_away(arguments, redirection):
+    """`loadstone run … >&-` ends quietly, as with a broken pipe."""
+    ended = shell(redirection, *arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
+def test_a_closed_standard_error_drops_messages_and_nothing_else():
+    """Results and exit codes are as ever, and nothing that is opened later takes the place of the stream."""
+    answered = shell("2>&-", "run", "smollm2", "Hello.", "--max-new-tokens", "4", "--context", "256")
+    assert answered.returncode == 0
+    assert answered.stdout.strip()
+    refused = shell("2>&-", "run", "./nowhere", "hi")
+    assert (refused.returncode, refused.stdout) == (3, b"")
+
+
 def test_a_reader_that_goes_away_ends_a_run_quietly(start):
     """`loadstone run … | head -1` says nothing about a broken pipe."""
     process = start("run", "smollm2", STORY, *LONG)

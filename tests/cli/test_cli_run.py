@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from loadstone.cli.run import read_prompt
+from loadstone.cli.loading import Ready
+from loadstone.cli.run import _mention_template, read_prompt
 
 
 def test_the_answer_goes_to_stdout_and_the_table_to_stderr(cli):
@@ -62,6 +64,19 @@ def test_an_empty_prompt_is_wrong_use(cli):
     ended = cli("run", "smollm2", stdin=" \n")
     assert (ended.code, ended.out) == (2, "")
     assert "The prompt is empty" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("system", "said"),
+    [(None, "the prompt is sent as it is"), ("Be brief.", "the system text and the prompt are sent")],
+)
+def test_without_a_template_is_told_what_is_sent(capsys, system, said):
+    """The engine puts the system text in front of the prompt, and the warning does not say otherwise."""
+    model = SimpleNamespace(engine=SimpleNamespace(template=None), spec=SimpleNamespace(name="plain"))
+    _mention_template(Ready(model, 0.0, 0, 0), raw=False, system=system)
+    err = capsys.readouterr().err
+    assert said in err
+    assert "not used" not in err
 
 
 def test_raw_and_system_contradict_each_other(cli):

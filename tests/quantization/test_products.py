@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -283,3 +284,11 @@ def test_large_weights_are_dequantised_a_few_rows_at_a_time(monkeypatch: pytest.
     found = made(x)
     assert asked == [10] * 10 + [1]
     assert weights.relative(found, x @ dequantize(0, 101, torch.float32).T) < CLOSE
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_nf4_is_multiplied_without_kernels_and_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = weights.quantized("4bit", torch.randn(70, 128))
+    wanted = form(torch.ones(2, 128))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    torch.testing.assert_close(form(torch.ones(2, 128)), wanted, rtol=1e-5, atol=1e-5)

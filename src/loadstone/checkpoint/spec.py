@@ -87,6 +87,14 @@ class ModelSpec:
         return sum(tensor.elements for tensor in self.tensors.values())
 
     @property
+    def parameters_by_part(self) -> dict[str, int]:
+        """How many numbers each part holds: embedding, linear, lm_head, and norm (with biases)."""
+        parts = dict.fromkeys(("embedding", "linear", "lm_head", "norm"), 0)
+        for name, tensor in self.tensors.items():
+            parts[self.part_of(name)] += tensor.elements
+        return parts
+
+    @property
     def kv_elements_per_token(self) -> int:
         """How many numbers the KV cache keeps for each token."""
         return 2 * self.layers * self.kv_heads * self.head_size

@@ -23,7 +23,7 @@ from .chat import chat
 from .doctor import doctor
 from .info import info
 from .options import Session, verbose_option
-from .output import say, say_error, say_failure, use_utf8
+from .output import prepare_streams, say, say_error, say_failure
 from .run import run
 
 WRONG_USE = 2
@@ -53,8 +53,8 @@ for _command in (run, chat, info, doctor):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `arguments` (the process's own when None) name, and exit with its code."""
-    use_utf8()
     try:
+        prepare_streams()
         code = _run(sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
         # The reader has all it wanted (`| head -1`).

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,10 @@ HELP = """\
 /quit         end, as Ctrl-D does
 Ctrl-C stops an answer, not the program."""
 
-_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
+COMMANDS = ("reset", "system", "save", "help", "quit", "exit")
+
+# A word with a second slash in it is a path, and so a message.
+_COMMAND = re.compile(r"/([^\s/]+)(?:\s+(.*))?", re.DOTALL)
 
 
 @click.command(short_help="Hold a conversation.")
@@ -75,9 +79,10 @@ class Chat:
             text = line.strip()
             command = _COMMAND.fullmatch(text)
             if command:
-                if command[1] in ("quit", "exit"):
+                name = command[1].lower()
+                if name in ("quit", "exit"):
                     return
-                self._obey(command[1], (command[2] or "").strip())
+                self._obey(name, (command[2] or "").strip())
             elif text:
                 self._answer(text)
 
@@ -112,7 +117,9 @@ class Chat:
         elif command == "help":
             say(HELP)
         else:
-            say_warning(f"/{command} is not a command; /help lists them")
+            near = get_close_matches(command, COMMANDS, n=1)
+            meant = f": did you mean /{near[0]}?" if near else ";"
+            say_warning(f"/{command} is not a command{meant} /help lists them")
 
     def _system(self, text: str) -> None:
         if text:

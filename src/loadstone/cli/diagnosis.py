@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from loadstone.errors import LoadstoneError
 from loadstone.hardware import Check, Device, get_device_manager, memory_limits
 from loadstone.telemetry import Event, subscribe
 from loadstone.units import format_size
+
+from .folders import check_folder
+from .interrupts import HeldInterrupts
 
 NEEDED = (
     "torch", "bitsandbytes", "llvmlite", "safetensors", "tokenizers", "gguf", "huggingface_hub", "jinja2", "numpy",
@@ -105,9 +107,11 @@ def _devices(found: Diagnosis) -> None:
 
 
 def _device_facts(device: Device, best: Device) -> dict[str, Any]:
-    chosen = device.torch_name == best.torch_name
+    name = device.torch_name
+    chosen = name == best.torch_name
+    why_not = (reason for kind, _, reason in (one.partition(": ") for one in best.passed_over) if kind == name)
     return {
-        "device": device.torch_name,
+        "device": name,
         "name": device.name,
         "total_bytes": device.total_bytes,
         "free_bytes": device.free_bytes,
@@ -115,12 +119,16 @@ def _device_facts(device: Device, best: Device) -> dict[str, Any]:
         "capabilities": sorted(device.capabilities),
         "chosen": chosen,
         "reason": best.reason if chosen else "",
+        "passed_over": next(why_not, ""),
     }
 
 
 def _kernels(found: Diagnosis) -> None:
     reason = _kernel_problem()
-    remedy = "Answers come all the same, several times more slowly. The fast kernels need an x86 processor with AVX2."
+    has_avx2 = any("avx2" in device["capabilities"] for device in found.facts["devices"])
+    what = "This processor could have them: mend what is told here, and see whether the own cache is well."
+    what = what if has_avx2 else "The fast kernels need an x86 processor with AVX2."
+    remedy = f"Answers come all the same, several times more slowly. {what}"
     text = "fast products on the processor: compiled, and agree with torch"
     found.checks.append(
         Check("CPU kernels", reason is None, reason or text, "" if reason is None else remedy, required=False)
@@ -178,27 +186,7 @@ def _disk(found: Diagnosis) -> None:
         ("downloads", cache_root(), "HF_HOME", LITTLE_DISK),
         ("own cache", cache_folder(), "LOADSTONE_HOME", 0),
     ):
-        found.checks.append(_folder(name, folder, knob, wanted, found.facts["disk"]))
-
-
-def _folder(name: str, folder: Path, knob: str, wanted: int, facts: list[dict[str, Any]]) -> Check:
-    from loadstone.sources.hub_cache import free_bytes
-
-    there = next(one for one in (folder, *folder.parents) if one.exists())
-    try:
-        free = free_bytes(folder)
-    except OSError as error:
-        return Check(name, False, f"{folder}: {error}", f"Set {knob} to a folder that can be used.", required=False)
-    is_writable = os.access(there, os.W_OK)
-    facts.append({"for": name, "folder": str(folder), "free_bytes": free, "writable": is_writable})
-    text = f"{format_size(free)} free at {folder}"
-    if not is_writable:
-        remedy = f"Set {knob} to a folder that can be written, or change the rights of {there}."
-        return Check(name, False, f"{folder} cannot be written", remedy, required=False)
-    if free < wanted:
-        remedy = f"The default model's download takes 15.2 GB: free some space, or set {knob} to another disk."
-        return Check(name, False, text, remedy, required=False)
-    return Check(name, True, text)
+        found.checks.append(check_folder(name, folder, knob, wanted, found.facts["disk"]))
 
 
 def _network(found: Diagnosis) -> None:
@@ -277,7 +265,8 @@ def _numbers(installed: str) -> tuple[int, ...]:
 
 def _import_problem(name: str) -> str | None:
     try:
-        import_module(name)
+        with HeldInterrupts():
+            import_module(name)
     except Exception as error:  # noqa: BLE001 - a library may fail to load in any way
         return _first_line(error)
     return None

@@ -11,6 +11,7 @@ import click
 from loadstone.errors import LoadstoneError
 from loadstone.units import format_size
 
+from .interrupts import HeldInterrupts
 from .options import verbose_option
 from .output import Row, heading, rows, write_json
 from .progress import shown_progress
@@ -32,7 +33,8 @@ def doctor(context: click.Context, as_json: bool) -> None:
     be loaded here, with 5 when something keeps them from it.
     """
     with shown_progress("Looking at this machine"):
-        from .diagnosis import diagnose
+        with HeldInterrupts():
+            from .diagnosis import diagnose
 
         found = diagnose()
     if as_json:
@@ -76,7 +78,8 @@ def _devices(facts: dict[str, Any]) -> list[Row]:
             f"{device['name']}, {format_size(device['free_bytes'])} free of {format_size(device['total_bytes'])}"
             + (f", {device['cores']} cores" if device["cores"] else "")
             + (f", {' '.join(device['capabilities'])}" if device["capabilities"] else "")
-            + (f"; chosen: {device['reason']}" if device["chosen"] else ""),
+            + (f"; chosen: {device['reason']}" if device["chosen"] else "")
+            + (f"; passed over: {device['passed_over']}" if device["passed_over"] else ""),
         )
         for device in facts["devices"]
     ]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loadstone.errors import ConfigurationError, ResourceError
+from loadstone.errors import ResourceError
 from loadstone.units import format_size
 
+from .interrupts import HeldInterrupts
 from .options import configuration, generation_options, load_options, verbose_option
 from .output import Row, heading, rows, write_json
 from .progress import shown_progress
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from loadstone.checkpoint import ModelSpec
     from loadstone.config import ConfigManager
     from loadstone.planner import Plan
-
-PARTS = ("embedding", "linear", "lm_head", "norm")
 
 
 @click.command(short_help="Tell what a model is and how it would be loaded here.")
@@ -34,7 +33,8 @@ def info(model: str, as_json: bool, **said: Any) -> None:
     """Tell what MODEL is and how it would be loaded here.
 
     Its headers are read, its weights are not. Tells parameters by part, the sampling in force with where each value
-    comes from, and the plan with its reasons, or why it does not fit and what would.
+    comes from, and the plan with its reasons, or why it does not fit and what would: that is an answer too, and exits
+    with 0.
     """
     wish = configuration(model, said)
     with shown_progress("Looking at the model"):
@@ -47,6 +47,8 @@ def info(model: str, as_json: bool, **said: Any) -> None:
 
 def _look(wish: ConfigManager) -> dict[str, Any]:
     """Return all that is told, as plain values; bytes in bytes."""
+    with HeldInterrupts():
+        import loadstone.manager  # noqa: F401 - with torch and all the rest, which the plan needs below
     from loadstone.checkpoint import inspect, load_chat_template
     from loadstone.sources import resolve
 
@@ -63,7 +65,7 @@ def _look(wish: ConfigManager) -> dict[str, Any]:
         "format": spec.format,
         "file_bytes": sum(file.stat().st_size for file in files.weights),
         "architecture": _architecture(spec),
-        "parameters": {"total": spec.parameters, **_parameters(spec)},
+        "parameters": {"total": spec.parameters, **spec.parameters_by_part},
         "types": _types(spec),
         "max_context": spec.max_context,
         "template": template.origin if template is not None else None,
@@ -82,8 +84,6 @@ def _plan(wish: ConfigManager, spec: ModelSpec) -> tuple[Plan | None, dict[str, 
     except ResourceError as error:
         needs = {"needed_bytes": error.needed, "allowed_bytes": error.allowed, "would_fit": list(error.would_fit)}
         return None, {"message": error.message, "hint": error.hint, **needs}
-    except ConfigurationError as error:
-        return None, {"message": error.message, "hint": error.hint}
 
 
 def _architecture(spec: ModelSpec) -> dict[str, Any]:
@@ -100,13 +100,6 @@ def _architecture(spec: ModelSpec) -> dict[str, Any]:
         "rope_type": spec.rope.get("rope_type"),
         "sliding_window": spec.sliding_window if any(spec.windowed_layers) else None,
     }
-
-
-def _parameters(spec: ModelSpec) -> dict[str, int]:
-    parts = dict.fromkeys(PARTS, 0)
-    for name, tensor in spec.tensors.items():
-        parts[spec.part_of(name)] += tensor.elements
-    return parts
 
 
 def _types(spec: ModelSpec) -> dict[str, int]:
@@ -126,11 +119,15 @@ def _sampling(wish: ConfigManager, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
+    from loadstone.quantization import find_strategy
+
     return {
         "device": plan.device.torch_name,
         "device_name": plan.device.name,
         "device_reason": plan.device.reason,
+        "device_passed_over": list(plan.device.passed_over),
         "strategy": plan.strategy,
+        "strategy_summary": find_strategy(plan.strategy).summary,
         "context": plan.context,
         "streams": plan.streams,
         "forced": plan.forced,
@@ -155,7 +152,8 @@ def _show(about: Mapping[str, Any]) -> None:
     shape = about["architecture"]
     revision = f", revision {about['revision']}" if about["revision"] else ""
     types = ", ".join(f"{name} {format_size(size)}" for name, size in about["types"].items())
-    parts = _listed((part, count(about["parameters"][part])) for part in PARTS if about["parameters"][part])
+    total, *by_part = about["parameters"].items()
+    parts = _listed((part, count(number)) for part, number in by_part if number)
     sizes = (
         f"{shape['layers']} layers, {shape['hidden_size']} wide, {shape['heads']} heads ({shape['kv_heads']} for "
         f"keys and values) of {shape['head_size']}, vocabulary {shape['vocab_size']}"
@@ -165,7 +163,7 @@ def _show(about: Mapping[str, Any]) -> None:
         ("origin", f"{about['origin']}{revision}"),
         ("files", f"{about['format']}, {format_size(about['file_bytes'])} ({types}) in {about['folder']}"),
         ("architecture", f"{shape['name']}: {sizes}"),
-        ("parameters", f"{count(about['parameters']['total'])}: {parts}"),
+        ("parameters", f"{count(total[1])}: {parts}"),
         ("context", f"{about['max_context']} tokens at most"),
         ("chat template", about["template"] or "none: prompts are sent as they are"),
     ])  # fmt: skip
@@ -185,7 +183,7 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[Row]:
     working = f"KV cache {format_size(sizes['kv_cache'])}, activations {format_size(sizes['activations'])}, "
     return [
         ("device", f"{plan['device']}: {plan['device_name']}"),
-        ("strategy", plan["strategy"]),
+        ("strategy", f"{plan['strategy']}: {plan['strategy_summary']}"),
         ("context", f"{plan['context']} tokens"),
         ("weights", f"{format_size(sum(sizes['weights'].values()))}: {weights}"),
         ("besides", f"{working}runtime {format_size(sizes['runtime'])}"),

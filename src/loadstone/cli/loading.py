@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.units import format_size
 
+from .interrupts import HeldInterrupts
 from .output import Row
 from .progress import shown_progress
 
@@ -32,7 +33,8 @@ class Ready:
 def loaded(configuration: ConfigManager) -> Iterator[Ready]:
     """Load the configured model and yield it; unload it at the end, ending what it still answers."""
     with shown_progress("Starting"):
-        from loadstone.manager import ModelManager
+        with HeldInterrupts():
+            from loadstone.manager import ModelManager
 
     with ModelManager(configuration) as manager:
         started = time.perf_counter()

@@ -7,7 +7,7 @@ LOADSTONE_LOG=json writes one JSON object a line. All of it goes to standard err
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loadstone.errors import ConfigurationError
@@ -15,6 +15,8 @@ from loadstone.errors import ConfigurationError
 from .output import say, say_warning
 
 LEVELS = {"warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG, "json": logging.INFO}
+
+FEW = 3  # names that a warning tells
 
 _logger = logging.getLogger("loadstone")
 
@@ -69,4 +71,12 @@ def _in_words(record: logging.LogRecord) -> str | None:
     text = fields.get("reason") or fields.get("message") or record.getMessage()
     place = fields.get("file")
     instead = f"; instead: {fields['instead']}" if "instead" in fields else ""
-    return f"{text}{instead}{f' ({place})' if place and str(place) not in str(text) else ''}"
+    about = [str(place)] if place and str(place) not in str(text) else []
+    if fields.get("tensors"):
+        about.append(_some(fields["tensors"]))
+    return f"{text}{instead}" + (f" ({'; '.join(about)})" if about else "")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more

@@ -24,11 +24,33 @@ Row = tuple[str, str]
 _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (9, 10)}
 
 
-def use_utf8() -> None:
-    """Make both streams write UTF-8 whatever the locale says; what cannot be written becomes a question mark."""
+def prepare_streams() -> None:
+    """Make both streams write UTF-8 whatever the locale says; what cannot be written becomes a question mark.
+
+    Where standard output was closed it becomes a pipe that nobody reads; where standard error was, nobody is told.
+    """
+    _take_places()
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 - kept to the end
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _take_places() -> None:
+    """Fill the places of streams that were closed, lest the next file that is opened gets what is meant for them."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(nowhere)
+    if sys.stdout is None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.close(writer)
 
 
 def is_coloured(stream: TextIO) -> bool:

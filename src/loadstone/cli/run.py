@@ -64,8 +64,8 @@ def read_prompt(given: str | None) -> str:
 def _mention_template(ready: Ready, *, raw: bool, system: str | None) -> None:
     if raw or ready.model.engine.template is not None:
         return
-    lost = ", and --system is not used" if system else ""
-    say_warning(f"{ready.model.spec.name} has no chat template: the prompt is sent as it is{lost}")
+    what = "the system text and the prompt are sent as they are" if system else "the prompt is sent as it is"
+    say_warning(f"{ready.model.spec.name} has no chat template: {what}")
 
 
 def _answer(ready: Ready, text: str, *, raw: bool, system: str | None, is_shown: bool) -> GenerationResult:

@@ -130,6 +130,8 @@ def generation_from_checkpoint(mapping: Mapping[str, Any]) -> GenerationConfig:
         said["stop"] = mapping["stop_strings"]
     if mapping.get("do_sample") is False:
         said["temperature"] = 0
+    elif mapping.get("do_sample") is True:
+        said.setdefault("temperature", 1.0)  # what the file's format has where it says no temperature
     return GenerationConfig(**{name: value for name, value in said.items() if _can_be_meant(name, value)})
 
 

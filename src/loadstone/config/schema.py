@@ -37,7 +37,7 @@ class LoadConfig(Wish):
 
     device: str = Field(default="auto", examples=['"cuda:1"'])
     """Where to load it: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `mps:0`, or a plug-in's name. `auto` by
-    default: the best device here that can hold the model, with the reason told."""
+    default: the best device here, with the reason told."""
 
     max_memory: int | None = Field(default=None, examples=['"20GB"'])
     """The most memory that weights, KV cache and working space may take together, in bytes; written as

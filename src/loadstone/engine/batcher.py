@@ -86,6 +86,7 @@ class Batcher:
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
         self._changed = threading.Condition()
+        self._is_draining = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
@@ -96,13 +97,19 @@ class Batcher:
         room = min(len(request.prompt) + sampling.max_new_tokens, self.context)
         answer = Answer(request, Sampler(sampling, request.prompt), self._new_text(), StopStrings(sampling.stop), room)
         with self._changed:
-            if self._is_closed:
+            if self._is_closed or self._is_draining:
                 raise GenerationError("The model was unloaded.", hint="Load it again before asking.")
             self._waiting.append(answer)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="loadstone-engine", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Take no more requests, and return when none is waiting or running."""
+        with self._changed:
+            self._is_draining = True
+        self.wait_until_idle()
 
     def wait_until_idle(self) -> None:
         """Return when no request is waiting or running."""
@@ -158,7 +165,8 @@ class Batcher:
                 self._changed.wait_for(lambda: self._is_closed or self._waiting or self._running)
                 if self._is_closed:
                     return
-                self._admit()
+                with self._failing_only(*self._waiting):
+                    self._admit()
             self._drop_cancelled()
             turn = self._turn()
             with self._failing_only(*turn):

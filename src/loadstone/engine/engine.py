@@ -101,6 +101,10 @@ class Engine:
         """Return when no answer is being made."""
         self._batcher.wait_until_idle()
 
+    def drain(self) -> None:
+        """Take no more requests, and return when those under way are answered."""
+        self._batcher.drain()
+
     def renew_cache(self) -> bool:
         """Give back the memory of the KV cache, which is empty between answers; return False while one is made."""
         return self._batcher.renew_cache()

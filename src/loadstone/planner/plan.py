@@ -200,14 +200,14 @@ class _Planning:
             return f"Would fit: {'; '.join(fits)}. Set quantization and context so, or force to try anyway."
         least = min(self._at_least(step) for step in dict.fromkeys((name, *LADDER)))
         if self.wish.max_memory is not None and self.allowed == self.wish.max_memory:
-            return f"Nothing smaller fits either. Raise max_memory to at least {format_size(least)}."
+            return f"Nothing smaller fits either. Raise max_memory to at least {_with_room(least)}."
         if estimate.weights > self.device.total_bytes:
             return (
                 f"{self.device.torch_name} has {format_size(self.device.total_bytes)} in all, less than the "
                 "weights alone: choose a smaller model or another device; force does not help."
             )
         return (
-            f"At least {format_size(least)} must be free: close other programs, raise the container's memory "
+            f"At least {_with_room(least)} must be free: close other programs, raise the container's memory "
             "limit, lower streams, choose a smaller model, or set force to try anyway."
         )
 
@@ -258,3 +258,8 @@ def _contexts(wish: LoadConfig, spec: ModelSpec) -> tuple[int, int]:
         return wish.context, wish.context
     longest = min(spec.max_context, CONTEXT_UNLESS_ASKED)
     return longest, min(SHORTEST_CONTEXT, longest)
+
+
+def _with_room(size: int) -> str:
+    """Name a size that will still do when the process has grown a little, in words that round up."""
+    return format_size(size + size // 20 + 10_000_000)

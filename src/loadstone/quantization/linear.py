@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 import torch
 
@@ -205,8 +206,9 @@ class Nf4Linear(KernelLinear):
         return {"codes": self.codes, "absmax": self.absmax}
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        if self.codes.device.type == "cpu":
-            from ._bitsandbytes import dequantize_nf4 as fast
+        codes, absmax = self.codes[start:stop], self.absmax[start:stop]
+        if codes.is_cpu and find_spec("bitsandbytes") is not None:
+            from ._bitsandbytes import dequantize_nf4 as by_bitsandbytes
 
-            return fast(self.codes[start:stop], self.absmax[start:stop].float() * self.scale, dtype)
-        return dequantize_nf4(self.codes[start:stop], self.absmax[start:stop], self.scale).to(dtype)
+            return by_bitsandbytes(codes, absmax.float() * self.scale, dtype)
+        return dequantize_nf4(codes, absmax, self.scale).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -9,6 +10,7 @@ from loadstone.errors import ConfigurationError
 
 from .base import Strategy
 
+AUTO = "auto"  # not a strategy: the planner chooses one
 ALIASES = {"nf4": "4bit", "int8": "8bit", "bf16": "none", "fp16": "none", "fp32": "none"}
 _BUILT_IN = {
     "none": "loadstone.quantization.none:NoQuantization",
@@ -39,9 +41,12 @@ def find_strategy(name: str) -> Strategy:
     for entry in entry_points(group="loadstone.strategies"):
         if entry.name == name:
             return _load(entry.value)
+    known = (*known_strategies(), *ALIASES, AUTO)
+    near = get_close_matches(name, known, n=1)
     raise ConfigurationError(
-        f"quantization {name!r} is not known; known are {', '.join((*known_strategies(), *ALIASES))}",
+        f"quantization {name!r} is not known",
         key="quantization",
+        hint=(f"Did you mean {near[0]}? " if near else "") + f"Known are {', '.join(known)}.",
     )
 
 

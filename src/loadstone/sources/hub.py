@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loadstone.errors import (
     CheckpointError,
@@ -191,6 +191,7 @@ class _Fetch:
                 self._attempt(
                     f"fetch {file.name} of {repository}",
                     lambda: _huggingface.download(self.cache, listing.commit, file, endpoint()),
+                    about={"file": file.name, "bytes": file.size},
                 )
             except TransientSourceError:
                 if self.cache.bytes_arrived(file) - before < ENOUGH_PROGRESS:
@@ -202,6 +203,7 @@ class _Fetch:
         action: str,
         function: Callable[[], Result],
         retry_if: Callable[[BaseException], bool] = is_transient,
+        about: Mapping[str, Any] | None = None,
     ) -> Result:
         policy = self.retry
         return retry_call(
@@ -212,6 +214,7 @@ class _Fetch:
             retry_if=retry_if,
             action=action,
             event="source.retry",
+            about={"model": self.reference.repository, "phase": "resolve", **(about or {})},
         )
 
     def _need_room(self, needed: int) -> None:

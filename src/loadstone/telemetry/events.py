@@ -64,12 +64,18 @@ def emit(name: str, **fields: Any) -> None:
 
 @contextmanager
 def timed(name: str, **fields: Any) -> Iterator[dict[str, Any]]:
-    """Emit `name` with `seconds` and `ok` when the block ends; the yielded mapping adds fields to it."""
+    """Emit `name` with `seconds` and `ok` when the block ends, and `error` when it raises.
+
+    The yielded mapping adds fields that are known only then.
+    """
     started = time.perf_counter()
     more: dict[str, Any] = {}
-    ok = False
     try:
         yield more
-        ok = True
+        more["ok"] = True
+    except BaseException as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        more |= {"ok": False, "error": f"{type(error).__name__}: {first_line}"}
+        raise
     finally:
-        emit(name, **{**fields, **more, "ok": ok, "seconds": time.perf_counter() - started})
+        emit(name, **{**fields, **more, "seconds": time.perf_counter() - started})

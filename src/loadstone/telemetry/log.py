@@ -8,6 +8,7 @@ import logging
 from .events import Event
 
 logger = logging.getLogger("loadstone")
+logger.addHandler(logging.NullHandler())  # a library prints nothing that its user did not ask for
 
 QUIET = frozenset({"download.progress", "load.progress"})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from loadstone.folders import cache_folder
@@ -54,5 +55,6 @@ def _keep(file: Path, code: bytes) -> None:
         beside.write_bytes(hashlib.sha256(code).digest() + code)
         os.replace(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         emit("kernels.not_kept", file=str(file), reason=str(error))
