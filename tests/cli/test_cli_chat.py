@@ -35,7 +35,7 @@ def test_a_full_context_is_told_and_the_conversation_goes_on(cli):
 def test_commands_answer_and_unknown_ones_are_not_sent_to_the_model(cli, here):
     """A mistyped command costs nothing; a file that is there already is left alone."""
     (here / "mine.txt").write_text("mine")
-    lines = ["/help", "/sistem x", "/Reset2", "/HELLO", "/System", "/save mine.txt", "/save", "/save no/such/folder"]
+    lines = ["/help", "/sistem x", "/Reset2", "/XYZZY", "/System", "/save mine.txt", "/save", "/save no/such/folder"]
     broken = b"\n/system caf\xe9\n/system\n"
     ended = cli("chat", "smollm2", *OPTIONS, "--system", "be kind", stdin="\n".join(lines).encode() + broken)
     assert (ended.code, ended.out) == (0, "")
@@ -43,7 +43,7 @@ def test_commands_answer_and_unknown_ones_are_not_sent_to_the_model(cli, here):
         "/reset",
         "/sistem is not a command: did you mean /system?",
         "did you mean /reset?",
-        "/hello is not a command; /help",
+        "/xyzzy is not a command; /help",
         "be kind",
         "choose another name",
         "cannot be written",

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from loadstone.cli import logs
-from loadstone.cli.output import clean, rows, say_error, use_utf8, write
+from loadstone.cli.output import clean, prepare_streams, rows, say_error, write
 from loadstone.cli.progress import shown_progress
 from loadstone.telemetry import emit
 from loadstone.telemetry.log import log_event
@@ -78,7 +78,7 @@ def test_output_is_utf8_whatever_the_locale(monkeypatch):
     """A stream opened for ASCII writes Chinese, and what no encoding has becomes a question mark."""
     kept = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(kept, encoding="ascii"))
-    use_utf8()
+    prepare_streams()
     write("你好 \ud800")
     assert kept.getvalue().decode("utf-8") == "你好 ?"
 

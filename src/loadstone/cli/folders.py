@@ -15,7 +15,7 @@ def check_folder(name: str, folder: Path, knob: str, wanted: int, facts: list[di
     """Judge a folder that the setting `knob` moves and that should have `wanted` bytes free; add to `facts`."""
     from loadstone.sources.hub_cache import free_bytes
 
-    fact = {"for": name, "folder": str(folder), "free_bytes": None, "writable": False}
+    fact: dict[str, Any] = {"for": name, "folder": str(folder), "free_bytes": None, "writable": False}
     facts.append(fact)
     try:
         fact["free_bytes"] = free = free_bytes(folder)
