@@ -104,7 +104,7 @@ def test_warnings_and_retries_are_told_in_words(capsys):
     tell("load.build", ok=False, seconds=1.0)
     tell("load.build", ok=True, seconds=1.0)
     assert capsys.readouterr().err == (
-        "warning: weights hold NaN\nwarning: could not list the files (HTTP 503); attempt 2 of 3 in 1.5 s\n"
+        "warning: weights hold NaN (a)\nwarning: could not list the files (HTTP 503); attempt 2 of 3 in 1.5 s\n"
     )
 
 
