@@ -14,6 +14,7 @@ import torch
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.planner import Plan
 from loadstone.quantization import Strategy, find_strategy
+from loadstone.quantization.kernels.openmp import end_workers
 from loadstone.quantization.linear import Linear
 from loadstone.telemetry import emit
 
@@ -44,7 +45,10 @@ def build(plan: Plan, spec: ModelSpec, weights: WeightReader) -> Decoder:
     """
     if plan.settings.threads:
         torch.set_num_threads(plan.settings.threads)
-    return _Builder(plan, spec, weights).build()
+    try:
+        return _Builder(plan, spec, weights).build()
+    finally:
+        end_workers()  # the thread that answers is another one
 
 
 class _Builder:
