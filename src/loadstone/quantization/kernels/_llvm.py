@@ -22,8 +22,7 @@ from .object_cache import cached_object
 I64, I32, I16, I8 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 F32, F16, VOID = ir.FloatType(), ir.HalfType(), ir.VoidType()
 POINTER = I8.as_pointer()
-WORDS = 24  # 64-bit words in a kernel's argument array
-ARGUMENTS = ir.ArrayType(I64, WORDS)
+ARGUMENTS = ir.ArrayType(I64, 0)  # as many as the kernel has names for
 WORKER = ir.FunctionType(VOID, [ARGUMENTS.as_pointer()])
 
 
@@ -46,20 +45,25 @@ def as_float32(value: float) -> float:
 class Kernel(ir.IRBuilder):  # type: ignore[misc]
     """A function being written: llvmlite's builder with loads, stores and loops over addresses held in I64."""
 
-    def __init__(self, module: Any, name: str, extra: int = 0) -> None:
+    def __init__(self, module: Any, name: str, words: type[tuple[int, ...]], extra: int = 0) -> None:
         function = ir.Function(module, ir.FunctionType(VOID, [ARGUMENTS.as_pointer()] + [I64] * extra), name)
         super().__init__(function.append_basic_block())
         self.home = module
         self.arguments = function.args[0]
+        self.names: tuple[str, ...] = words._fields  # type: ignore[attr-defined]
         self.extra = function.args[1:]
 
-    def argument(self, index: int) -> Any:
-        """Return word `index` of the argument array."""
-        return self.load(self.gep(self.arguments, [I32(0), I32(index)]))
+    def word(self, name: str) -> Any:
+        """Return the word of the argument array that has this name."""
+        return self.load(self.gep(self.arguments, [I32(0), I32(self.names.index(name))]))
 
-    def argument_float(self, index: int) -> Any:
-        """Return word `index`, whose low 32 bits hold a float."""
-        return self.bitcast(self.trunc(self.argument(index), I32), F32)
+    def words(self, *names: str) -> list[Any]:
+        """Return several words."""
+        return [self.word(name) for name in names]
+
+    def float_word(self, name: str) -> Any:
+        """Return a word whose low 32 bits hold a float."""
+        return self.bitcast(self.trunc(self.word(name), I32), F32)
 
     def intrinsic(self, name: str, result: Any, *values: Any, fast: Sequence[str] = ()) -> Any:
         """Call a function of LLVM or of a library by its name."""
@@ -170,11 +174,12 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
         self.position_at_end(after)
         return values
 
-    def in_parallel(self, worker: Any, threads: Any) -> None:
+    def in_parallel(self, worker: Any) -> None:
         """Run `worker` on all threads with the same arguments, and wait for them."""
         self.intrinsic(
             "GOMP_parallel", VOID,
-            self.bitcast(worker, POINTER), self.bitcast(self.arguments, POINTER), self.trunc(threads, I32), I32(0),
+            self.bitcast(worker, POINTER), self.bitcast(self.arguments, POINTER),
+            self.trunc(self.word("threads"), I32), I32(0),
         )  # fmt: skip
 
     def done(self) -> Any:

@@ -2,12 +2,6 @@
 
 A step of decoding needs these few small things in every layer, where torch would spend more time starting
 operations than doing them. Compiled for one head size, which makes all inner loops straight code.
-
-Argument words: 0 qkv (float32, tokens × (heads + 2·groups) × size), 1 out (float32, tokens × heads × size), 2 rows of
-qkv and out (int64), 3 the first place in the cache of each token's sequence (int64), 4 positions (int64), 5 how many
-tokens, 6 keys and 7 values (groups × places × size), 8 places in the cache, 9 heads, 10 threads, 11 groups, 12 cosines
-and 13 sines (float32, positions × size/2), 14 window or 0, 15 scratch for scores (float32, threads × 16), 16 floats of
-scratch a thread, 17 norm of queries and 18 of keys (float32, size) or 0, 19 a float: the norms' epsilon.
 """
 
 from __future__ import annotations
@@ -16,6 +10,7 @@ from typing import Any
 
 from ._llvm import F16, F32, I16, I32, I64, Kernel, as_float32, constants, vector
 from .products import load_floats
+from .words import AttentionWords
 
 LANES = 8
 AT_ONCE = 4  # places looked at together, so that sums do not wait for one another
@@ -25,17 +20,18 @@ def build_attention(module: Any, size: int, cache: str) -> None:
     """Add `attend` for heads of `size` numbers (a multiple of 16) and a cache of type `cache` to the module."""
     remember = _remember(module, size, cache)
     look_back = _look_back(module, size, cache)
-    k = Kernel(module, "attend")
+    k = Kernel(module, "attend", AttentionWords)
     k.call(remember, [k.arguments])
-    k.in_parallel(look_back, k.argument(10))
+    k.in_parallel(look_back)
     k.done()
 
 
 def _remember(module: Any, size: int, cache: str) -> Any:
     """Norm and rotate queries and keys where they are, and write keys and values into the cache."""
-    k = Kernel(module, "remember")
-    qkv, rows, bases, positions, count, keys, values, places = (k.argument(i) for i in (0, 2, 3, 4, 5, 6, 7, 8))
-    heads, groups = k.argument(9), k.argument(11)
+    k = Kernel(module, "remember", AttentionWords)
+    qkv, rows, bases, positions = k.words("qkv", "rows", "bases", "positions")
+    count, keys, values, places = k.words("tokens", "keys", "values", "places")
+    heads, groups = k.words("heads", "groups")
     width = k.mul(k.add(heads, k.mul(groups, I64(2))), I64(size))
 
     def token(i: Any) -> None:
@@ -47,7 +43,7 @@ def _remember(module: Any, size: int, cache: str) -> Any:
         def head(h: Any) -> None:
             here = k.add(at, k.mul(h, I64(4 * size)))
             is_key = k.icmp_signed(">=", h, heads)
-            norm = k.select(is_key, k.argument(18), k.argument(17))
+            norm = k.select(is_key, k.word("key_norm"), k.word("query_norm"))
             with k.if_then(k.icmp_signed("!=", norm, I64(0))):
                 _norm(k, here, norm, size)
             _rotate(k, here, position, size)
@@ -73,7 +69,7 @@ def _norm(k: Kernel, here: Any, weights: Any, size: int) -> None:
         values = k.get(here, I64(part), vector(F32, LANES))
         total = k.fma(values, values, total)
     mean = k.fmul(k.sum(total), F32(as_float32(1.0 / size)))
-    root = k.intrinsic("llvm.sqrt.f32", F32, k.fadd(mean, k.argument_float(19)))
+    root = k.intrinsic("llvm.sqrt.f32", F32, k.fadd(mean, k.float_word("epsilon")))
     factor = k.splat(k.fdiv(F32(1.0), root), LANES)
     for part in range(0, size, LANES):
         values = k.fmul(k.get(here, I64(part), vector(F32, LANES)), factor)
@@ -82,7 +78,7 @@ def _norm(k: Kernel, here: Any, weights: Any, size: int) -> None:
 
 def _rotate(k: Kernel, here: Any, position: Any, size: int) -> None:
     half = size // 2
-    tables = [k.add(k.argument(index), k.mul(position, I64(4 * half))) for index in (12, 13)]
+    tables = [k.add(table, k.mul(position, I64(4 * half))) for table in k.words("cosines", "sines")]
     for part in range(0, half, LANES):
         cosine, sine = (k.get(table, I64(part), vector(F32, LANES)) for table in tables)
         first, second = (k.get(here, I64(part + offset), vector(F32, LANES)) for offset in (0, half))
@@ -105,13 +101,14 @@ def _copy(k: Kernel, source: Any, target: Any, index: Any, size: int, cache: str
 
 def _look_back(module: Any, size: int, cache: str) -> Any:
     """For each of this thread's (token, head) pairs: scores, softmax, and the weighted sum of values."""
-    k = Kernel(module, "look_back")
-    qkv, out, rows, bases, positions, count, keys, values, places = (k.argument(i) for i in range(9))
-    heads, groups, window = k.argument(9), k.argument(11), k.argument(14)
+    k = Kernel(module, "look_back", AttentionWords)
+    qkv, out, rows, bases, positions = k.words("qkv", "out", "rows", "bases", "positions")
+    count, keys, values, places = k.words("tokens", "keys", "values", "places")
+    heads, groups, window = k.words("heads", "groups", "window")
     width = k.mul(k.add(heads, k.mul(groups, I64(2))), I64(size))
     start, stop = k.share(k.mul(count, heads))
     thread = k.sext(k.intrinsic("omp_get_thread_num", I32), I64)
-    scores = k.add(k.argument(15), k.mul(k.mul(thread, k.argument(16)), I64(4)))
+    scores = k.add(k.word("scores"), k.mul(k.mul(thread, k.word("room")), I64(4)))
     per_group = k.udiv(heads, groups)
 
     def pair(index: Any) -> None:

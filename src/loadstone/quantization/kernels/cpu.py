@@ -13,10 +13,9 @@ import torch
 from loadstone.telemetry import emit
 
 from .openmp import openmp_symbols
+from .words import AttentionWords, ProductWords, QuantizerWords
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-WORDS = 24  # 64-bit words in a kernel's argument array
-_array = ctypes.c_int64 * WORDS
 _lock = threading.Lock()
 _found: list[CpuKernels | None] = []
 
@@ -64,36 +63,28 @@ class CpuKernels:
         else:
             scratch = torch.empty(count * columns) if before else x
             more = scratch
-        self._functions[kind + before](
-            _array(
-                x.data_ptr(),
-                weight.data_ptr(),
-                _address(scales),
-                y.data_ptr(),
-                rows,
-                columns,
-                count,
-                scratch.data_ptr(),
-                more.data_ptr(),
-                _bits(scale),
-                torch.get_num_threads(),
-                _address(norm),
-                _bits(epsilon),
-                _address(bias),
-                _address(residual),
-            )
-        )
+        words = ProductWords(
+            x=x.data_ptr(), weights=weight.data_ptr(), scales=_address(scales), y=y.data_ptr(),
+            rows=rows, columns=columns, x_rows=count, scratch=scratch.data_ptr(), scratch_scales=more.data_ptr(),
+            whole=_bits(scale), threads=torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
+            bias=_address(bias), residual=_address(residual),
+        )  # fmt: skip
+        self._functions[kind + before](_array(words))
         return y
 
     def quantize_nf4(self, weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         """Write a weight's NF4 codes (rows × columns/2, uint8) and absmax (rows × columns/64, float32)."""
-        words = (weight.data_ptr(), codes.data_ptr(), absmax.data_ptr(), weight.numel(), 0, 0, 0, 0, 0, 0)
-        self._functions[f"quantize_nf4_{NAMES[weight.dtype]}"](_array(*words, torch.get_num_threads()))
+        self._quantize("nf4", weight, codes, absmax)
 
     def quantize_int8(self, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
         """Write a weight (rows × columns, a multiple of 64) as int8 into `numbers`, and each row's scale (float32)."""
-        words = (weight.data_ptr(), numbers.data_ptr(), scales.data_ptr(), *weight.shape, 0, 0, 0, 0, 0)
-        self._functions[f"quantize_int8_{NAMES[weight.dtype]}"](_array(*words, torch.get_num_threads()))
+        self._quantize("int8", weight, numbers, scales)
+
+    def _quantize(self, kind: str, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+        addresses = (weight.data_ptr(), numbers.data_ptr(), scales.data_ptr())
+        rows, columns = weight.shape
+        words = QuantizerWords(*addresses, rows, columns, torch.get_num_threads())
+        self._functions[f"quantize_{kind}_{NAMES[weight.dtype]}"](_array(words))
 
     def attention(self, head_size: int, cache_dtype: torch.dtype) -> AttentionKernel | None:
         """Return attention for heads of this size over a cache of this type, or None when it cannot be had."""
@@ -129,28 +120,15 @@ class AttentionKernel:
         groups × places × size; `cosines` and `sines` are positions × size/2.
         """
         groups, places, _ = keys.shape
-        self._run(
-            _array(
-                qkv.data_ptr(),
-                out.data_ptr(),
-                *tokens.addresses,
-                len(tokens),
-                keys.data_ptr(),
-                values.data_ptr(),
-                places,
-                heads,
-                torch.get_num_threads(),
-                groups,
-                cosines.data_ptr(),
-                sines.data_ptr(),
-                window or 0,
-                tokens.scratch.data_ptr(),
-                tokens.scratch.shape[1],
-                _address(query_norm),
-                _address(key_norm),
-                _bits(epsilon),
-            )
-        )
+        rows, bases, positions = tokens.addresses
+        words = AttentionWords(
+            qkv=qkv.data_ptr(), out=out.data_ptr(), rows=rows, bases=bases, positions=positions, tokens=len(tokens),
+            keys=keys.data_ptr(), values=values.data_ptr(), places=places, heads=heads, groups=groups,
+            threads=torch.get_num_threads(), cosines=cosines.data_ptr(), sines=sines.data_ptr(), window=window or 0,
+            scores=tokens.scratch.data_ptr(), room=tokens.scratch.shape[1],
+            query_norm=_address(query_norm), key_norm=_address(key_norm), epsilon=_bits(epsilon),
+        )  # fmt: skip
+        self._run(_array(words))
 
 
 class Tokens:
@@ -230,6 +208,10 @@ def _wrong(kernels: CpuKernels) -> str | None:
     if not torch.allclose(product("int8", whole, scales), expected, atol=2e-1):
         return "the int8 product disagrees with torch"
     return None
+
+
+def _array(words: tuple[int, ...]) -> Any:
+    return (ctypes.c_int64 * len(words))(*words)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

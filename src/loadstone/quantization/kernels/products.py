@@ -7,11 +7,6 @@ off by about 6e-5, a fiftieth of what bfloat16 activations would cost.
 
 What a decoder does just before and after a product is done here too, while the numbers are at hand: `name.normed`
 takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]; a bias and a residual are added to y.
-
-Argument words: 0 x (float32, M × K; gated: M × 2K), 1 weights, 2 scales, 3 y (float32, M × N), 4 N, 5 K, 6 M, 7 and
-8 scratch for the activations (int16 M × K and float32 M × K/64; for floats float32 M × K), 9 a float: the scale of
-the whole matrix, 10 threads, 11 the norm's weights (float32, K), 12 a float: the norm's epsilon, 13 bias (float32,
-N) or 0, 14 residual (float32, M × N) or 0.
 """
 
 from __future__ import annotations
@@ -19,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from loadstone.quantization.codes import NF4
+from loadstone.quantization.codes import BLOCK, NF4
 
 from ._llvm import F16, F32, I8, I16, I32, I64, Kernel, as_float32, constants, vector
+from .words import ProductWords
 
 LIMIT = 16383  # 15 bits: eight products of two such numbers fit a signed 32-bit sum
-BLOCK = 64
 TILE = 16  # rows of W that stay in the cache while all rows of x pass by
 ROWS_AT_ONCE = (4, 2, 1)
 
@@ -73,9 +68,9 @@ def _integer_product(module: Any, name: str, unpack: Any, *, weight_bits: int, o
         scale = _prepare(
             module, f"{name}.prepare{suffix}", before, lambda k, index, values: _scaled(k, index, values, order)
         )
-        k = Kernel(module, name + suffix)
+        k = Kernel(module, name + suffix, ProductWords)
         k.call(scale, [k.arguments])
-        k.in_parallel(worker, k.argument(10))
+        k.in_parallel(worker)
         k.done()
 
 
@@ -84,22 +79,22 @@ Values = Callable[[Any], Any]
 
 
 def _plain(k: Kernel, m: Any, columns: Any) -> Values:
-    x = k.add(k.argument(0), k.mul(m, k.mul(columns, I64(4))))
+    x = k.add(k.word("x"), k.mul(m, k.mul(columns, I64(4))))
     return lambda c: k.get(x, c, vector(F32, BLOCK))
 
 
 def _normed(k: Kernel, m: Any, columns: Any) -> Values:
-    values, weights = _plain(k, m, columns), k.argument(11)
+    values, weights = _plain(k, m, columns), k.word("norm")
     zeros = constants(F32, [0.0] * BLOCK)
     squares = k.loop(I64(0), columns, BLOCK, lambda c, total: [k.fma(values(c), values(c), total)], zeros)[0]
     mean = k.fdiv(k.sum(squares), k.sitofp(columns, F32))
-    root = k.intrinsic("llvm.sqrt.f32", F32, k.fadd(mean, k.argument_float(12)))
+    root = k.intrinsic("llvm.sqrt.f32", F32, k.fadd(mean, k.float_word("epsilon")))
     factor = k.splat(k.fdiv(F32(1.0), root), BLOCK)
     return lambda c: k.fmul(k.fmul(values(c), factor), k.get(weights, c, vector(F32, BLOCK)))
 
 
 def _gated(k: Kernel, m: Any, columns: Any) -> Values:
-    gate = k.add(k.argument(0), k.mul(m, k.mul(columns, I64(8))))
+    gate = k.add(k.word("x"), k.mul(m, k.mul(columns, I64(8))))
     up = k.add(gate, k.mul(columns, I64(4)))
     one = constants(F32, [1.0] * BLOCK)
 
@@ -116,8 +111,8 @@ BEFORE = {"": _plain, ".normed": _normed, ".gated": _gated}
 
 def _prepare(module: Any, name: str, before: Any, write: Any) -> Any:
     """Write the activations that the product is to meet, a block of 64 at a time."""
-    k = Kernel(module, name)
-    columns, count = k.argument(5), k.argument(6)
+    k = Kernel(module, name, ProductWords)
+    columns, count = k.words("columns", "x_rows")
 
     def row(m: Any) -> None:
         values = before(k, m, columns)
@@ -133,14 +128,14 @@ def _scaled(k: Kernel, index: Any, values: Any, order: list[int]) -> None:
     factor = k.select(k.fcmp_ordered(">", most, F32(as_float32(1e-30))), k.fdiv(F32(LIMIT), most), F32(0.0))
     rounded = k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), k.fmul(values, k.splat(factor, BLOCK)))
     small = k.trunc(k.fptosi(rounded, vector(I32, BLOCK)), vector(I16, BLOCK))
-    k.put(k.pick(small, small, order), k.argument(7), index)
-    k.put(k.fmul(most, F32(as_float32(1.0 / LIMIT))), k.argument(8), k.udiv(index, I64(BLOCK)))
+    k.put(k.pick(small, small, order), k.word("scratch"), index)
+    k.put(k.fmul(most, F32(as_float32(1.0 / LIMIT))), k.word("scratch_scales"), k.udiv(index, I64(BLOCK)))
 
 
 def _put_result(k: Kernel, value: Any, line: Any, row: Any) -> None:
     """Write one number of y, with its bias and residual."""
-    place = k.add(k.mul(line, k.argument(4)), row)
-    y, bias, residual = k.argument(3), k.argument(13), k.argument(14)
+    place = k.add(k.mul(line, k.word("rows")), row)
+    y, bias, residual = k.words("y", "bias", "residual")
     k.put(value, y, place)
     for address, index in ((bias, row), (residual, place)):
         with k.if_then(k.icmp_signed("!=", address, I64(0))):
@@ -149,10 +144,11 @@ def _put_result(k: Kernel, value: Any, line: Any, row: Any) -> None:
 
 def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: int) -> Any:
     """Multiply rows [r0, r1) of W with `count` rows of x from m0 on."""
-    k = Kernel(module, name, extra=3)
+    k = Kernel(module, name, ProductWords, extra=3)
     first, last, m0 = k.extra
-    weights, scales, columns, numbers, x_scales = (k.argument(index) for index in (1, 2, 5, 7, 8))
-    whole = k.argument_float(9)
+    weights, scales, columns = k.words("weights", "scales", "columns")
+    numbers, x_scales = k.words("scratch", "scratch_scales")
+    whole = k.float_word("whole")
     blocks = k.udiv(columns, I64(BLOCK))
     row_bytes = k.udiv(k.mul(columns, I64(weight_bits)), I64(8))
     lines = [k.add(m0, I64(j)) for j in range(count)]
@@ -196,10 +192,10 @@ def _float_product(module: Any, name: str, size: int) -> None:
     rows = {count: _float_rows(module, f"{name}.rows{count}", name, size, count) for count in ROWS_AT_ONCE}
     worker = _tiles(module, f"{name}.worker", rows)
     for suffix, before in BEFORE.items():
-        k = Kernel(module, name + suffix)
+        k = Kernel(module, name + suffix, ProductWords)
         if suffix:  # plain rows are multiplied where they are: the caller gives x itself as the scratch
             k.call(_float_prepare(module, suffix, before), [k.arguments])
-        k.in_parallel(worker, k.argument(10))
+        k.in_parallel(worker)
         k.done()
 
 
@@ -207,7 +203,7 @@ def _float_prepare(module: Any, suffix: str, before: Any) -> Any:
     name = f"floats.prepare{suffix}"
     if name in module.globals:
         return module.globals[name]
-    return _prepare(module, name, before, lambda k, index, values: k.put(values, k.argument(7), index))
+    return _prepare(module, name, before, lambda k, index, values: k.put(values, k.word("scratch"), index))
 
 
 def load_floats(k: Kernel, name: str, base: Any, index: Any, length: int) -> Any:
@@ -221,9 +217,9 @@ def load_floats(k: Kernel, name: str, base: Any, index: Any, length: int) -> Any
 
 
 def _float_rows(module: Any, name: str, kind: str, size: int, count: int) -> Any:
-    k = Kernel(module, name, extra=3)
+    k = Kernel(module, name, ProductWords, extra=3)
     first, last, m0 = k.extra
-    x, weights, columns = (k.argument(index) for index in (7, 1, 5))
+    x, weights, columns = k.words("scratch", "weights", "columns")
     lines = [k.add(m0, I64(j)) for j in range(count)]
     x_rows = [k.add(x, k.mul(line, k.mul(columns, I64(4)))) for line in lines]
 
@@ -251,8 +247,8 @@ def _float_rows(module: Any, name: str, kind: str, size: int, count: int) -> Any
 
 def _tiles(module: Any, name: str, rows: dict[int, Any]) -> Any:
     """Let each thread walk its rows of W in tiles, and for each tile all rows of x in groups."""
-    k = Kernel(module, name)
-    n, count = k.argument(4), k.argument(6)
+    k = Kernel(module, name, ProductWords)
+    n, count = k.words("rows", "x_rows")
     start, stop = k.share(n)
 
     def tile(first: Any) -> None:

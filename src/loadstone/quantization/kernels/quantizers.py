@@ -2,9 +2,6 @@
 
 An NF4 code is the number of midpoints between neighbouring NF4 values that the scaled weight lies above, which is what
 bitsandbytes' search tree computes. In 8 bits a row is scaled to [-127, 127] and rounded to even.
-
-Argument words: 0 weights, 1 codes (uint8, two a byte, the first in the high nibble) or numbers (int8), 2 absmax
-(float32, one for 64) or scales (float32, one a row), 3 how many weights or rows, 4 columns (8 bits), 10 threads.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from loadstone.quantization.codes import BLOCK, NF4
 
 from ._llvm import F32, I8, I32, I64, Kernel, as_float32, constants, vector
 from .products import load_floats
+from .words import QuantizerWords
 
 SHARE = 64 * 64  # weights that one thread takes at least
 KINDS = ("float32", "bfloat16", "float16")
@@ -29,14 +27,15 @@ def build_quantizers(module: Any) -> None:
 
 
 def _entry(module: Any, name: str, worker: Any) -> None:
-    k = Kernel(module, name)
-    k.in_parallel(worker, k.argument(10))
+    k = Kernel(module, name, QuantizerWords)
+    k.in_parallel(worker)
     k.done()
 
 
 def _nf4_worker(module: Any, kind: str) -> Any:
-    k = Kernel(module, f"quantize_nf4.{kind}.worker")
-    weights, codes, absmax, count = (k.argument(index) for index in range(4))
+    k = Kernel(module, f"quantize_nf4.{kind}.worker", QuantizerWords)
+    weights, codes, absmax, rows, columns = k.words("weights", "numbers", "scales", "rows", "columns")
+    count = k.mul(rows, columns)
     start, stop = k.share(count, SHARE)
     middles = [(a + b) / 2 for a, b in pairwise(NF4)]
 
@@ -60,8 +59,8 @@ def _nf4_worker(module: Any, kind: str) -> Any:
 
 
 def _int8_worker(module: Any, kind: str) -> Any:
-    k = Kernel(module, f"quantize_int8.{kind}.worker")
-    weights, numbers, scales, rows, columns = (k.argument(index) for index in range(5))
+    k = Kernel(module, f"quantize_int8.{kind}.worker", QuantizerWords)
+    weights, numbers, scales, rows, columns = k.words("weights", "numbers", "scales", "rows", "columns")
     start, stop = k.share(rows)
     zeros = constants(F32, [0.0] * BLOCK)
 
