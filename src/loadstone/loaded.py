@@ -6,12 +6,12 @@ Knows which sampling is in force for a call (checkpoint, configuration, call) an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint.spec import ModelSpec
 from .checkpoint.tokenizer import Tokenizer
-from .config import GenerationConfig, Sampling, resolve_generation
+from .config import GenerationConfig, Sampling, resolve_generation, tell_generation
 from .engine import Engine, GenerationResult, Stream
 from .engine.engine import Prompt
 from .errors import ConfigurationError
@@ -78,7 +78,6 @@ class LoadedModel:
     def info(self) -> dict[str, Any]:
         """Return what this model is, as plain values: see `ModelManager.get_model_info`."""
         spec, plan = self.spec, self.plan
-        sampling, origins = self.sampling()
         template = self.engine.template
         return {
             "name": spec.name,
@@ -95,16 +94,11 @@ class LoadedModel:
             "bytes": dict(self.bytes),
             "planned_bytes": {
                 "weights": sum(plan.weight_bytes.values()),
-                "kv_cache": plan.kv_bytes,
-                "activations": plan.activation_bytes,
-                "runtime": plan.runtime_bytes,
-                "load_peak": plan.load_peak_bytes,
-                "steady": plan.steady_bytes,
-                "allowed": plan.allowed_bytes,
+                **plan.other_bytes,
             },
             "load_seconds": dict(self.phases),
             "context": plan.context,
             "max_context": spec.max_context,
             "template": template.origin if template is not None else None,
-            "sampling": {name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()},
+            "sampling": tell_generation(*self.sampling()),
         }

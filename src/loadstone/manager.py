@@ -15,7 +15,7 @@ from typing import Any
 from .checkpoint import inspect, load_chat_template, load_tokenizer, open_weights
 from .checkpoint.spec import ModelSpec
 from .checkpoint.tokenizer import Tokenizer
-from .config import ConfigManager, GenerationConfig, LoadstoneConfig, generation_from_checkpoint
+from .config import ConfigManager, GenerationConfig, LoadstoneConfig
 from .engine import Engine, GenerationResult, Stream
 from .engine.engine import Prompt
 from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
@@ -82,10 +82,7 @@ class ModelManager:
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)
             give_back()  # what quantising left behind in the allocator
-        layers = (
-            ("generation_config.json", generation_from_checkpoint(spec.generation)),
-            *self.config.generation_layers(),
-        )
+        layers = self.config.generation_layers(spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
         return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)
 

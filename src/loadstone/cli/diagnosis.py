@@ -190,14 +190,13 @@ def _disk(found: Diagnosis) -> None:
 
 
 def _network(found: Diagnosis) -> None:
-    from loadstone.sources.hub import endpoint
+    from loadstone.sources.hub import OFFLINE_VARIABLES, endpoint, is_offline
 
-    named = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)}
-    is_offline = any(value.strip().upper() in {"1", "ON", "YES", "TRUE"} for value in named.values())
+    named = {name: os.environ[name] for name in OFFLINE_VARIABLES if os.environ.get(name)}
     has_token = bool(os.environ.get("HF_TOKEN"))
-    found.facts["network"] = {"offline": is_offline, "settings": named, "endpoint": endpoint(), "token": has_token}
+    found.facts["network"] = {"offline": is_offline(), "settings": named, "endpoint": endpoint(), "token": has_token}
     said = ", ".join(f"{name}={value}" for name, value in named.items())
-    text = f"offline ({said}): only models on this machine" if is_offline else f"models are fetched from {endpoint()}"
+    text = f"offline ({said}): only models on this machine" if is_offline() else f"models are fetched from {endpoint()}"
     found.checks.append(Check("network", True, text))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -111,11 +110,9 @@ def _types(spec: ModelSpec) -> dict[str, int]:
 
 
 def _sampling(wish: ConfigManager, spec: ModelSpec) -> dict[str, Any]:
-    from loadstone.config import generation_from_checkpoint, resolve_generation
+    from loadstone.config import resolve_generation, tell_generation
 
-    checkpoint = ("generation_config.json", generation_from_checkpoint(spec.generation))
-    sampling, origins = resolve_generation([checkpoint, *wish.generation_layers()])
-    return {name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()}
+    return tell_generation(*resolve_generation(wish.generation_layers(spec.generation)))
 
 
 def _plan_facts(plan: Plan) -> dict[str, Any]:
@@ -133,12 +130,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
         "forced": plan.forced,
         "bytes": {
             "weights": dict(plan.weight_bytes),
-            "kv_cache": plan.kv_bytes,
-            "activations": plan.activation_bytes,
-            "runtime": plan.runtime_bytes,
-            "load_peak": plan.load_peak_bytes,
-            "steady": plan.steady_bytes,
-            "allowed": plan.allowed_bytes,
+            **plan.other_bytes,
         },
         "reasons": list(plan.reasons),
     }

@@ -1,6 +1,6 @@
 """What the user asked for: frozen wishes, and the layers that they are read from."""
 
-from .generation import GenerationConfig, Sampling, generation_from_checkpoint, resolve_generation
+from .generation import GenerationConfig, Sampling, generation_from_checkpoint, resolve_generation, tell_generation
 from .manager import ConfigManager
 from .schema import LoadConfig, LoadstoneConfig, RetryConfig
 
@@ -13,4 +13,5 @@ __all__ = [
     "Sampling",
     "generation_from_checkpoint",
     "resolve_generation",
+    "tell_generation",
 ]

@@ -6,7 +6,7 @@ Knows numbers and their ranges, nothing of logits or tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -115,6 +115,11 @@ def resolve_generation(
                 values[name] = value
                 origins[name] = origin
     return Sampling(**values), MappingProxyType(origins)
+
+
+def tell_generation(sampling: Sampling, origins: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return each value in force and where it comes from, as plain values."""
+    return {name: {"value": value, "from": origins[name]} for name, value in asdict(sampling).items()}
 
 
 def generation_from_checkpoint(mapping: Mapping[str, Any]) -> GenerationConfig:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loadstone.errors import ConfigurationError
 
-from .generation import GenerationConfig
+from .generation import GenerationConfig, generation_from_checkpoint
 from .layers import (
     Entry,
     Layer,
@@ -70,15 +71,20 @@ class ConfigManager:
         entry = self._entries.get(key)
         return entry.origin if entry else "default"
 
-    def generation_layers(self) -> tuple[tuple[str, GenerationConfig], ...]:
-        """Return what is said about generation, one layer for each origin, as `resolve_generation` takes
-        them."""
+    def generation_layers(
+        self, checkpoint: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[tuple[str, GenerationConfig], ...]:
+        """Return what is said about generation, one layer for each origin, as `resolve_generation` takes them.
+
+        The weakest is what the model's maker recommends: `checkpoint` is its generation_config.json.
+        """
         said: dict[str, dict[str, Any]] = {}
         for name in GenerationConfig.model_fields:
             value = getattr(self._config.generation, name)
             if value is not None:
                 said.setdefault(self.origin(f"generation.{name}"), {})[name] = value
-        return tuple((origin, GenerationConfig(**values)) for origin, values in said.items())
+        recommended = ("generation_config.json", generation_from_checkpoint(checkpoint))
+        return (recommended, *((origin, GenerationConfig(**values)) for origin, values in said.items()))
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> ConfigManager:
         """Return a manager in which `overrides` go over everything; this one stays as it is."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from loadstone.checkpoint.template import ChatTemplate
@@ -69,8 +68,7 @@ class Engine:
     def stream(self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None) -> Stream:
         """Start an answer and return its chunks as they are made."""
         tokens = self.encode(prompt, raw=raw, system=system)
-        room = max(1, self.context - len(tokens))
-        request = Request(tokens, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
+        request = Request(tokens, sampling)
         self._batcher.submit(request)
         return Stream(request, self)
 

@@ -152,16 +152,18 @@ class _Batch:
 
     def __init__(self, segments: Sequence[Segment], decoder: Decoder) -> None:
         self.decoder = decoder
-        self.ends = list(accumulate(segment.length for segment in segments))
-        self.last = torch.tensor(self.ends, device=decoder.device) - 1
-        placed = list(zip(segments, self.ends, strict=True))
-        single = [(one, end) for one, end in placed if one.length == 1 and decoder.attention is not None]
-        self.by_torch = [(one, end) for one, end in placed if (one, end) not in single]
-        self.tokens = (
-            Tokens([end - 1 for _, end in single], [one.base for one, _ in single], [one.start for one, _ in single])
-            if single
-            else None
-        )
+        ends = list(accumulate(segment.length for segment in segments))
+        self.last = torch.tensor(ends, device=decoder.device) - 1
+        single: list[tuple[Segment, int]] = []
+        self.by_torch: list[tuple[Segment, int]] = []
+        for one, end in zip(segments, ends, strict=True):
+            (single if one.length == 1 and decoder.attention is not None else self.by_torch).append((one, end))
+        self.tokens = None
+        if single:
+            alone = [one for one, _ in single]
+            self.tokens = Tokens(
+                [end - 1 for _, end in single], [one.base for one in alone], [one.start for one in alone]
+            )
 
     def attend(self, qkv: torch.Tensor, layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Add the tokens' keys and values to the cache, and return what they see: N × heads·head_size.

@@ -55,6 +55,18 @@ class Plan:
     forced: bool = False
 
     @property
+    def other_bytes(self) -> dict[str, int]:
+        """Return the bytes beside the weights, the totals, and what is allowed, by name."""
+        return {
+            "kv_cache": self.kv_bytes,
+            "activations": self.activation_bytes,
+            "runtime": self.runtime_bytes,
+            "load_peak": self.load_peak_bytes,
+            "steady": self.steady_bytes,
+            "allowed": self.allowed_bytes,
+        }
+
+    @property
     def needed_bytes(self) -> int:
         """The most at any time: loading or answering, whichever takes more."""
         return max(self.load_peak_bytes, self.steady_bytes)

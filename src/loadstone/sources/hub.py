@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from loadstone.config import RetryConfig
 
 ENDPOINT = "https://huggingface.co"
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 ENOUGH_PROGRESS = 16 * 2**20
 """Bytes; a line that breaks, but only after this much more has arrived, does not use up attempts."""
 
@@ -79,7 +80,7 @@ def resolve_hub(reference: HubReference, *, offline: bool = False, retry: RetryC
     ResourceError when the disk has no room for them.
     """
     fetch = _Fetch(reference, HubCache(cache_root(), reference.repository), retry)
-    if offline or _is_offline():
+    if offline or is_offline():
         return fetch.cached_or("offline was asked for, and no")
     if reference.revision and COMMIT.fullmatch(reference.revision):
         found = fetch.cached()
@@ -245,6 +246,7 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
 
 
-def _is_offline() -> bool:
-    said = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("TRANSFORMERS_OFFLINE", ""))
+def is_offline() -> bool:
+    """Tell whether the Hub's own variables say to ask no network."""
+    said = (os.environ.get(name, "") for name in OFFLINE_VARIABLES)
     return any(value.strip().upper() in {"1", "ON", "YES", "TRUE"} for value in said)
