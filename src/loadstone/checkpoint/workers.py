@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from .disk import Buffer
 
@@ -36,26 +36,40 @@ def in_threads(
     `around` makes what each thread runs in. The first error ends the work and is raised here, as is an interrupt: no
     thread is left when this returns or raises.
     """
-    source, lock, is_over = iter(tasks), threading.Lock(), threading.Event()
-    nothing = object()
-
-    def run() -> None:
-        buffer: Buffer | None = None
-        with around():
-            while not is_over.is_set():
-                with lock:
-                    task = next(source, nothing)
-                if task is nothing:
-                    return
-                buffer = buffer or Buffer(buffer_bytes, is_pinned=is_pinned)
-                work(task, buffer)  # type: ignore[arg-type]
-
+    shared = _Shared(iter(tasks), work, around, lambda: Buffer(buffer_bytes, is_pinned=is_pinned))
     count = thread_count()
     with ThreadPoolExecutor(count, thread_name_prefix="loadstone-load") as pool:
-        futures = [pool.submit(run) for _ in range(count)]
+        futures = [pool.submit(shared.run) for _ in range(count)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            is_over.set()
+            shared.is_over.set()
     for future in done:
         future.result()
+
+
+class _Shared(Generic[Task]):
+    """What the threads have in common.
+
+    A class and no closure: the frames of an error keep their functions and so what these enclose, even when cleared.
+    """
+
+    def __init__(
+        self, tasks: Iterator[Task], work: Callable[[Task, Buffer], None],
+        around: Callable[[], AbstractContextManager[object]], new_buffer: Callable[[], Buffer],
+    ) -> None:  # fmt: skip
+        self.is_over = threading.Event()
+        self._tasks, self._work, self._around, self._new_buffer = tasks, work, around, new_buffer
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Work until there is no task left, or it is over."""
+        buffer: Buffer | None = None
+        with self._around():
+            while not self.is_over.is_set():
+                with self._lock:
+                    task = next(self._tasks, None)
+                if task is None:
+                    return
+                buffer = buffer or self._new_buffer()
+                self._work(task, buffer)
