@@ -18,8 +18,8 @@ from loadstone.telemetry import emit
 
 from .decoder import Decoder
 from .keeping import Keeping
-from .pack import pack
-from .recipe import Kept, assemble, parts_of
+from .pack import pack, warn_of_numbers
+from .recipe import Kept, Part, assemble, parts_of
 
 
 def build(plan: Plan, spec: ModelSpec, store: Store | None = None) -> Decoder:
@@ -43,6 +43,12 @@ def build(plan: Plan, spec: ModelSpec, store: Store | None = None) -> Decoder:
 
 def _build_in_memory(plan: Plan, spec: ModelSpec) -> Decoder:
     kept: dict[str, Kept] = {}
+
+    def take(part: Part, made: Kept, is_finite: bool) -> None:
+        kept[part.name] = made
+        if not is_finite:
+            warn_of_numbers(part)
+
     with open_weights(spec) as weights:
-        pack(plan, spec, parts_of(spec), weights, lambda part, made, _: kept.update({part.name: made}))
+        pack(plan, spec, parts_of(spec), weights, take)
     return assemble(plan, spec, kept)

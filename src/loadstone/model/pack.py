@@ -38,8 +38,7 @@ Take = Callable[[Part, Kept, bool], None]
 def pack(plan: Plan, spec: ModelSpec, parts: Sequence[Part], weights: Weights, take: Take) -> dict[str, str]:
     """Make every part from a checkpoint's weights and hand it to `take`; return the digest of each tensor.
 
-    Emits `load.progress` after each piece, and `load.warning` when weights hold NaN or infinity. The first error ends
-    the work and is raised.
+    Emits `load.progress` after each piece. The first error ends the work and is raised.
     """
     return _Packer(plan, spec, parts, weights, take).run()
 
@@ -123,10 +122,7 @@ class _Packer:
     def _finish(self, making: _Making) -> None:
         made = making.packing.finish()
         tensors = [made] if isinstance(made, torch.Tensor) else list(made.tensors().values())
-        is_finite = all(map(_is_finite, tensors))
-        if not is_finite:
-            warn_of_numbers(making.part)
-        self.take(making.part, made, is_finite)
+        self.take(making.part, made, all(map(_is_finite, tensors)))
 
     def _type(self, stored: str) -> torch.dtype:
         """Return the type that numbers of a type on disk are packed from."""

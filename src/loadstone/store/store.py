@@ -81,6 +81,8 @@ class Store:
         try:
             return Entry.at(folder)
         except FileNotFoundError:
+            if folder.is_dir():
+                self._set_aside(folder, "its manifest is missing")
             return None
         except OSError as error:
             emit("store.warning", reason=f"an entry cannot be read: {error}", file=str(folder))
