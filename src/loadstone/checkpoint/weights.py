@@ -46,6 +46,11 @@ def open_weights(spec: ModelSpec) -> Weights:
 
     Raises CheckpointError when a file is gone or shorter than its header said.
     """
+    if any(tensor.digest is not None for tensor in spec.tensors.values()):
+        raise CheckpointError(
+            f"the original weights of {spec.name} were not kept", file=spec.folder,
+            hint="Load or pull it once more: they are fetched again.",
+        )  # fmt: skip
     return Weights(spec)
 
 

@@ -4,6 +4,7 @@
     ├── entries/KEY/       manifest.json, weights.safetensors, used (touched at each use)
     ├── drafts/            entries being written; nobody reads them
     ├── damaged/           entries that were found to be so, set aside
+    ├── light/             models whose original weights are not kept: all their other files
     ├── known/             digests of checkpoints' files, by what the file system says of them
     └── locks/             one for each kind of entry, held while one is made
 

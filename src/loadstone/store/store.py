@@ -25,6 +25,7 @@ from .attached import Attached
 from .draft import Draft
 from .entry import MANIFEST, USED, DamagedError, Entry, Kind
 from .known import KnownFiles, Look
+from .light import LightModels
 from .locks import exclusive, is_free, open_alone
 
 CHECKED = "checked"  # a file in an entry that was read and found whole after the system was started anew
@@ -40,6 +41,7 @@ class Store:
     def __init__(self, folder: Path, *, max_size: int | None = None) -> None:
         self.folder = folder
         self.max_size = max_size
+        self.light = LightModels(folder / "light")
         self._known = KnownFiles(folder / "known")
 
     # -- finding --------------------------------------------------------------------------------------------------
@@ -57,8 +59,13 @@ class Store:
 
         Reads no weights.
         """
-        digests = self._known.digests(spec, Look.at(spec))
+        digests = self.digests(spec)
         return None if digests is None else self._entry(kind.key(digests))
+
+    def digests(self, spec: ModelSpec) -> dict[str, str] | None:
+        """Return the digest of each tensor of a checkpoint, or None where its files would have to be read for it."""
+        listed = {name: tensor.digest for name, tensor in spec.tensors.items() if tensor.digest is not None}
+        return listed if len(listed) == len(spec.tensors) else self._known.digests(spec, Look.at(spec))
 
     def find_by_content(self, kind: Kind, spec: ModelSpec) -> Entry | None:
         """Return the entry for a checkpoint that may be anywhere and under any name, by reading its weights.
@@ -66,9 +73,9 @@ class Store:
         Reads them all only when they are those of an entry, and then remembers the files.
         """
         alike = [entry for entry in self.entries() if entry.manifest.kind == kind.id]
-        look = Look.at(spec)
-        if not alike or self._known.digests(spec, look) is not None:
+        if not alike or self.digests(spec) is not None:
             return None
+        look = Look.at(spec)
         with open_weights(spec) as weights:
             for entry in alike:
                 if same_content(weights, entry.manifest.source):
@@ -226,6 +233,7 @@ class Store:
             if is_free(self.folder / "locks" / f"{folder.name.partition('-')[0]}.lock"):
                 shutil.rmtree(folder, ignore_errors=True)
         self._known.forget_missing()
+        self.light.forget_without(entry.manifest.key for entry in self.entries())
 
     def damaged(self) -> list[Path]:
         """Return the folders of entries that were set aside."""
