@@ -82,7 +82,6 @@ class ModelManager:
             made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)
-            give_back()  # what quantising left behind in the allocator
         layers = self.config.generation_layers(spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
         return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)

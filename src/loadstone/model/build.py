@@ -10,6 +10,7 @@ import torch
 
 from loadstone.checkpoint import open_weights
 from loadstone.checkpoint.spec import ModelSpec
+from loadstone.memory import give_back
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
 from loadstone.quantization.kernels.openmp import end_workers
@@ -51,4 +52,5 @@ def _build_in_memory(plan: Plan, spec: ModelSpec) -> Decoder:
 
     with open_weights(spec) as weights:
         pack(plan, spec, parts_of(spec), weights, take)
+    give_back()  # what packing left behind in the allocator
     return assemble(plan, spec, kept)

@@ -14,6 +14,7 @@ import torch
 from loadstone import __version__
 from loadstone.checkpoint import open_weights
 from loadstone.checkpoint.spec import ModelSpec
+from loadstone.memory import give_back
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
 from loadstone.store import Attached, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
@@ -71,6 +72,7 @@ class Keeping:
             entry = _writing(lambda: draft.publish(self.store.place_of(manifest.key), manifest))
         self.store.remember(self.spec, look, digests)
         self.store.keep_within_limit(entry)
+        give_back()  # what packing left behind in the allocator
         return entry
 
     def _manifest(self, digests: Mapping[str, str], about: Mapping[str, Mapping[str, object]]) -> Manifest:
@@ -97,7 +99,8 @@ class Keeping:
 
     def _on_device(self, attached: Attached) -> Mapping[str, torch.Tensor]:
         if self.device.type == "cpu":
-            attached.bring_in()
+            rarely = () if self.spec.tied_embeddings else attached.entry.manifest.parts["embedding"]["tensors"]
+            attached.bring_in(rarely_used=rarely)  # a prompt of a hundred tokens looks up a hundred rows
             return attached.tensors
         return attached.entry.load(self.device)
 
