@@ -11,7 +11,7 @@ An entry appears under `entries` by a rename, after all its bytes are on the dis
 """
 
 from .attached import Attached
-from .entry import DamagedError, Entry, Kind, Manifest
+from .entry import DamagedError, Entry, Kind, Manifest, size_of
 from .known import Look
 from .store import Store, StoreUnavailableError, boot_id, open_store
 
@@ -26,4 +26,5 @@ __all__ = [
     "StoreUnavailableError",
     "boot_id",
     "open_store",
+    "size_of",
 ]
