@@ -206,7 +206,7 @@ def _verdict(one: Mapping[str, Any]) -> Row:
 @cache.command(short_help="Make room: remove what was not used for long.")
 @click.option("--max-size", metavar="SIZE", callback=_number(parse_size), help="Leave at most this much, like 50GB.")
 @click.option(
-    "--older-than", metavar="AGE", callback=_number(parse_age), help="Remove what was not used for so long, like 30d."
+    "--older-than", metavar="AGE", callback=_number(parse_age), help="Remove what was not used for this long, like 30d."
 )
 @_shared_options
 def prune(max_size: int | None, older_than: float | None, config_file: str | None, as_json: bool) -> None:

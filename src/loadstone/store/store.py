@@ -173,7 +173,8 @@ class Store:
             return Draft(folder, most_tensors=most_tensors, nbytes=nbytes)
 
     def place_of(self, key: str) -> Path:
-        """Return the folder of the entry with this key."""
+        """Return the folder for the entry with this key, having set aside what stands there and is none."""
+        self._entry(key)
         return self.folder / "entries" / key
 
     def remember(self, spec: ModelSpec, look: Look, digests: dict[str, str]) -> None:
