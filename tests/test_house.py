@@ -23,7 +23,7 @@ HOUSE = (
     ("config", "retry"),
     ("checkpoint", "hardware", "sources"),
     ("quantization", "store"),
-    ("planner",),
+    ("planner", "light"),
     ("model",),
     ("engine", "bridge"),
     ("loaded",),

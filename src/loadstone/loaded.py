@@ -119,7 +119,8 @@ class PreparedModel:
     """A model that is ready to be loaded in no time: its files are here, and its quantised weights are in the store.
 
     `entry` is where they are in the store, and `was_made` says whether they were put there just now. Without one,
-    `not_kept` says why. `file_bytes` are what its weights' files take, `phases` the seconds of each step.
+    `not_kept` says why. `file_bytes` are what its weights' files take, `phases` the seconds of each step. `freed_bytes`
+    is what removing the original weights gave back, or None where they stay.
     """
 
     spec: ModelSpec
@@ -129,3 +130,4 @@ class PreparedModel:
     was_made: bool
     not_kept: str | None
     phases: Mapping[str, float]
+    freed_bytes: int | None = None

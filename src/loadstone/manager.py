@@ -21,13 +21,14 @@ from .engine import Engine, GenerationResult, Stream
 from .engine.engine import Prompt
 from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
+from .light import light_files, lighten
 from .loaded import LoadedModel, PreparedModel
 from .memory import forget_frames, give_back
 from .model import build, can_be_kept, keep
 from .planner import Plan, plan
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
-from .store import Entry, open_store
+from .store import Entry, Store, open_store
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
 
@@ -67,25 +68,28 @@ class ModelManager:
                     self._model = self._load()
             return self._model.tokenizer, self._model
 
-    def prepare_model(self) -> PreparedModel:
+    def prepare_model(self, *, keep_original: bool = True) -> PreparedModel:
         """Download the configured model if needed and see that the store has its quantised weights; load nothing.
 
-        Where the strategy has no form to keep, or the store is switched off, the files are all. Raises what
-        `load_base_model` raises, and ModelLoadError where the weights cannot be kept.
+        Where the strategy has no form to keep, or the store is switched off, the files are all. Without
+        `keep_original` the weights are then removed from the Hub's cache, and loads of this name, revision and
+        quantization use what is in the store. Raises what `load_base_model` raises, and ModelLoadError where the
+        weights cannot be kept.
         """
         with self._life, handle_exceptions("prepare the model"), self._nothing_left_on_failure():
             phases: dict[str, float] = {}
-            files, spec, _, _, decision = self._decide(phases)
+            files, spec, _, _, decision = self._decide(phases, may_be_light=not keep_original)
             with self._phase("keep", phases):
                 entry, was_made, not_kept = self._keep(decision, spec)
-            give_back()  # what quantising left behind in the allocator
-            return PreparedModel(spec, decision, _bytes_of(files), entry, was_made, not_kept, phases)
+            file_bytes = _bytes_of(files)
+            freed = None if keep_original else lighten(self.config.config.model, self._store(), files, spec, entry)
+            return PreparedModel(spec, decision, file_bytes, entry, was_made, not_kept, phases, freed)
 
     def _load(self) -> LoadedModel:
         phases: dict[str, float] = {}
         _, spec, tokenizer, template, decision = self._decide(phases)
         with self._phase("build", phases) as made:
-            decoder = build(decision, spec, open_store(self.config.config.store))
+            decoder = build(decision, spec, self._store())
             made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)
@@ -94,12 +98,12 @@ class ModelManager:
         return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)
 
     def _decide(
-        self, phases: dict[str, float]
+        self, phases: dict[str, float], *, may_be_light: bool = True
     ) -> tuple[ModelFiles, ModelSpec, Tokenizer, ChatTemplate | None, Plan]:  # fmt: skip
         """Take the steps of a load that come before any weight is read."""
         self._check_wish()
         with self._phase("resolve", phases) as found:
-            files = self._resolve()
+            files = self.resolve(may_be_light=may_be_light)
             found["bytes"] = _bytes_of(files)
         with self._phase("inspect", phases):
             spec = inspect(files)
@@ -109,16 +113,25 @@ class ModelManager:
 
     def _keep(self, decision: Plan, spec: ModelSpec) -> tuple[Entry | None, bool, str | None]:
         """Return the store's entry for a plan and whether it was made now, or why there is none."""
-        store = open_store(self.config.config.store)
+        store = self._store()
         if not can_be_kept(decision):
             return None, False, f"{decision.strategy} has no quantised form to keep"
         if store is None:
             return None, False, f"the store is switched off ({self.config.origin('store.enabled')})"
         return *keep(decision, spec, store), None
 
-    def _resolve(self) -> ModelFiles:
+    def resolve(self, *, may_be_light: bool = True) -> ModelFiles:
+        """Return the configured model's files, fetching them first where they are not on this machine.
+
+        A model of which only the quantised weights were kept is without the others, unless it must not be.
+        """
         wish = self.config.config.model
+        if may_be_light and (light := light_files(wish, self._store())) is not None:
+            return light
         return resolve(wish.base_model, revision=wish.revision, offline=wish.offline, retry=self.config.config.retry)
+
+    def _store(self) -> Store | None:
+        return open_store(self.config.config.store)
 
     def _check_wish(self) -> None:
         """Refuse, before anything is fetched, what no model's files could make right."""
@@ -225,7 +238,7 @@ class ModelManager:
         the headers say, where that is known already.
         """
         wish = self.config.config.model
-        spec = spec or inspect(self._resolve())
+        spec = spec or inspect(self.resolve())
         device = self._devices.resolve(wish.device)
         settings = self._devices.optimize_memory_settings(device)
         runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)

@@ -226,3 +226,66 @@ def test_pull_shows_progress_at_a_terminal(start, store_folder):
     assert process.returncode == 0
     assert b"quantised now" in out
     assert b"\x1b" not in out
+
+
+class AtHub:
+    """Commands in processes of their own, with a Hub that has the small model."""
+
+    def __init__(self, start, hub: FakeHub, cache: Path) -> None:
+        self.start, self.hub, self.cache = start, hub, cache
+        self.env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache)}
+
+    def run(self, *arguments: str) -> dict[str, object]:
+        process = self.start(*arguments, "--json", env=self.env)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    def weights(self) -> list[Path]:
+        return [*self.cache.rglob("*.safetensors")]
+
+    def answer(self, *arguments: str) -> object:
+        said = self.run("run", "org/model", "Hello", "--max-new-tokens", "6", "--temperature", "0", *arguments)
+        return said["text"]
+
+
+@pytest.fixture
+def at_hub(start, store_folder, small_model, here):
+    with FakeHub({file.name: file.read_bytes() for file in small_model.iterdir()}) as hub:
+        yield AtHub(start, hub, here / "hub")
+
+
+def test_quantize_only_keeps_no_original_and_answers_the_same(at_hub, small_model):
+    """The weights leave the Hub's cache, the model is loaded under its name, and the network is not asked for them."""
+    wanted = at_hub.answer()
+    said = at_hub.run("pull", "org/model", "--quantize-only")
+    assert said["freed_bytes"] == (small_model / "model.safetensors").stat().st_size
+    assert at_hub.weights() == []
+    asked = len(at_hub.hub.asked_for("model.safetensors"))
+    assert at_hub.answer() == wanted
+    assert at_hub.run("info", "org/model")["revision"] == at_hub.hub.commit
+    assert len(at_hub.hub.asked_for("model.safetensors")) == asked
+    assert at_hub.run("pull", "org/model", "--quantize-only")["freed_bytes"] == 0
+
+
+def test_another_quantization_fetches_the_original_again(at_hub, small_model):
+    at_hub.run("pull", "org/model", "--quantize-only")
+    at_hub.answer("--quantization", "8bit")
+    assert len(at_hub.weights()) == 1
+
+
+def test_a_quantised_only_model_whose_entry_is_gone_is_fetched_again(at_hub, store_folder):
+    wanted = at_hub.answer()
+    at_hub.run("pull", "org/model", "--quantize-only")
+    (entry,) = Store(store_folder).entries()
+    assert Store(store_folder).remove(entry)
+    assert at_hub.answer() == wanted
+    assert len(at_hub.weights()) == 1
+
+
+def test_quantize_only_removes_nothing_of_the_users_own(cli, store_folder, small_model):
+    """A folder is not the Hub's cache: it stays, and so it is said."""
+    ended = cli("pull", str(small_model), "--quantize-only")
+    assert ended.code == 2
+    assert "stay" in ended.err
+    assert (small_model / "model.safetensors").is_file()

@@ -37,7 +37,7 @@ def settled(folder: Path) -> Path:
 
 
 def names(events: list[Event]) -> list[str]:
-    return [event.name for event in events if event.name.startswith("store.")]
+    return [event.name for event in events if event.name.startswith("store.") and event.name != "store.progress"]
 
 
 def only(store: Store) -> Entry:

@@ -48,12 +48,10 @@ def info(model: str, as_json: bool, **said: Any) -> None:
 def _look(wish: ConfigManager) -> dict[str, Any]:
     """Return all that is told, as plain values; bytes in bytes."""
     with HeldInterrupts():
-        import loadstone.manager  # noqa: F401 - with torch and all the rest, which the plan needs below
+        from loadstone.manager import ModelManager
     from loadstone.checkpoint import inspect, load_chat_template
-    from loadstone.sources import resolve
 
-    load = wish.config.model
-    files = resolve(load.base_model, revision=load.revision, offline=load.offline, retry=wish.config.retry)
+    files = ModelManager(wish).resolve()
     spec = inspect(files)
     template = load_chat_template(spec)
     plan, refusal = _plan(wish, spec)

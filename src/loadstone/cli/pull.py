@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 @click.command(short_help="Fetch a model and quantise it, so that it loads at once.")
 @click.argument("model")
 @load_options
+@click.option("--quantize-only", is_flag=True, help="Keep the quantised weights only: remove the original ones.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of text.")
 @verbose_option
-def pull(model: str, as_json: bool, **said: Any) -> None:
+def pull(model: str, quantize_only: bool, as_json: bool, **said: Any) -> None:
     """Fetch the files of MODEL and put its quantised weights into the store, unless they are there.
 
     Nothing is loaded: `run`, `chat` and other programs do so at once after that, with the same options. Fails where
     the weights cannot be kept.
+
+    With --quantize-only a model of the Hub gives back the disk that its original weights take. It is loaded under the
+    same name, revision and --quantization; for another --quantization the weights are fetched again.
     """
     wish = configuration(model, said)
     with shown_progress("Starting"), HeldInterrupts():
@@ -38,7 +42,7 @@ def pull(model: str, as_json: bool, **said: Any) -> None:
 
     started = time.perf_counter()
     with heard("source.download") as downloads, shown_progress("Looking at the model"):
-        prepared = ModelManager(wish).prepare_model()
+        prepared = ModelManager(wish).prepare_model(keep_original=not quantize_only)
     seconds = time.perf_counter() - started
     fetched = sum(event.fields["bytes"] for event in downloads)
     if as_json:
@@ -61,6 +65,7 @@ def _rows(prepared: PreparedModel, fetched: int, seconds: float) -> list[Row]:
         ("files", f"{files}; {came}"),
         ("strategy", prepared.plan.strategy),
         ("store", kept),
+        *([("removed", f"{format_size(prepared.freed_bytes)} of original weights")] if prepared.freed_bytes else []),
         ("took", f"{seconds:.2f} s"),
     ]
 
@@ -80,5 +85,6 @@ def _as_json(prepared: PreparedModel, fetched: int, seconds: float) -> dict[str,
         "entry": entry and {"key": entry.manifest.key, "bytes": entry.nbytes, "folder": str(entry.folder)},
         "made": prepared.was_made,
         "not_kept": prepared.not_kept,
+        "freed_bytes": prepared.freed_bytes,
         "seconds": round(seconds, 4),
     }

@@ -100,6 +100,29 @@ def resolve_hub(reference: HubReference, *, offline: bool = False, retry: RetryC
 
 
 @dataclass(frozen=True)
+class HubWeights:
+    """The weights of a model in the Hub's cache."""
+
+    cache: HubCache
+    commit: str
+    names: tuple[str, ...]
+
+    def remove(self) -> int:
+        """Remove them, but for what another revision has too; return the bytes freed. Other files stay."""
+        return self.cache.remove(self.commit, self.names)
+
+
+def hub_weights(files: ModelFiles) -> HubWeights | None:
+    """Return a model's weights as the Hub's cache has them, or None when they are not from there."""
+    reference = HubReference.parse(files.name)
+    if reference is None or files.revision is None:
+        return None
+    cache = HubCache(cache_root(), reference.repository)
+    is_there = files.folder == cache.snapshot(files.revision)
+    return HubWeights(cache, files.revision, tuple(file.name for file in files.weights)) if is_there else None
+
+
+@dataclass(frozen=True)
 class _Fetch:
     """One model's way from the Hub to the cache."""
 

@@ -25,7 +25,7 @@ from .attached import Attached
 from .draft import Draft
 from .entry import MANIFEST, USED, DamagedError, Entry, Kind, size_of
 from .known import KnownFiles, Look
-from .light import LightModels
+from .light import LightModel, LightModels
 from .locks import exclusive, is_free, open_alone
 
 CHECKED = "checked"  # a file in an entry that was read and found whole after the system was started anew
@@ -78,6 +78,11 @@ class Store:
         """Return the digest of each tensor of a checkpoint, or None where its files would have to be read for it."""
         listed = {name: tensor.digest for name, tensor in spec.tensors.items() if tensor.digest is not None}
         return listed if len(listed) == len(spec.tensors) else self._known.digests(spec, Look.at(spec))
+
+    def find_light(self, model: str, revision: str | None, strategy: str) -> LightModel | None:
+        """Return the model of this name whose original weights were not kept, as long as its quantised ones are."""
+        found = self.light.find(model, revision, strategy)
+        return None if found is None or not (self.folder / "entries" / found.key / MANIFEST).is_file() else found
 
     def find_by_content(self, kind: Kind, spec: ModelSpec) -> Entry | None:
         """Return the entry for a checkpoint that may be anywhere and under any name, by reading its weights.

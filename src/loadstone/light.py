@@ -1,0 +1,43 @@
+"""Models without their original weights: found by name when only their quantised weights were kept, and made so.
+
+Only what a Hub has too is removed: files in a folder of the user's are not ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import ModelSpec
+from .config import LoadConfig
+from .errors import ConfigurationError
+from .quantization import AUTO, find_strategy
+from .sources import COMPANIONS, ModelFiles, hub_weights
+from .store import Entry, Store
+
+
+def light_files(wish: LoadConfig, store: Store | None) -> ModelFiles | None:
+    """Return the files of the wished model, without weights, when these are in the store for the wished strategy."""
+    if store is None or wish.quantization == AUTO:
+        return None
+    found = store.find_light(wish.base_model, wish.revision, find_strategy(wish.quantization).name)
+    return None if found is None else ModelFiles(found.name, Path(found.folder), (), found.origin, found.revision)
+
+
+def lighten(wish: LoadConfig, store: Store | None, files: ModelFiles, spec: ModelSpec, entry: Entry | None) -> int:
+    """Remove a model's original weights, having seen to it that it is found without them; return the bytes freed.
+
+    Raises ConfigurationError for a model whose weights are not to be removed.
+    """
+    if not files.weights:
+        return 0  # they are gone already
+    weights = None if files.format == "gguf" else hub_weights(files)
+    if store is None or entry is None or weights is None:
+        raise ConfigurationError(
+            f"the original weights of {wish.base_model} stay: what is removed is safetensors in the Hub's cache, when "
+            "their quantised form is kept",
+            hint="Leave out --quantize-only.",
+        )
+    beside = [files.folder / name for name in COMPANIONS if (files.folder / name).is_file()]
+    asked = (wish.base_model, wish.revision, find_strategy(wish.quantization).name)
+    store.light.keep(asked, spec, beside, entry.manifest.key, entry.manifest.source)
+    return weights.remove()
