@@ -20,6 +20,7 @@ ROOT = Path(loadstone.__file__).parent
 # TYPE_CHECKING counts like any other: who names a type knows the room that it is from.
 HOUSE = (
     ("errors", "units", "folders", "memory", "telemetry"),
+    ("startup",),
     ("config", "retry"),
     ("checkpoint", "hardware", "sources"),
     ("quantization", "store"),

@@ -10,24 +10,26 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import inspect, load_chat_template, load_tokenizer, open_weights
 from .checkpoint.spec import ModelSpec
 from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
-from .engine import Engine, GenerationResult, Stream
-from .engine.engine import Prompt
 from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
 from .loaded import LoadedModel
-from .memory import forget_frames, give_back
-from .model import build
+from .memory import forget_frames, give_back, trim
 from .planner import Plan, plan
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
+from .startup import import_torch, in_background
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
+
+if TYPE_CHECKING:  # brings torch
+    from .engine import GenerationResult, Stream
+    from .engine.engine import Prompt
 
 RUNTIME_ALLOWANCE = 250_000_000  # torch's and LLVM's code, kernels and the tokenizer, measured on Linux
 
@@ -71,9 +73,13 @@ class ModelManager:
         with self._phase("resolve", phases) as found:
             files = self._resolve()
             found["bytes"] = sum(file.stat().st_size for file in files.weights)
-        with self._phase("inspect", phases):
+        with self._phase("inspect", phases), in_background(import_torch) as torch_is_there:
             spec = inspect(files)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
+            torch_is_there()
+        from .engine import Engine
+        from .model import build
+
         with self._phase("plan", phases):
             decision = self.plan(spec)
         with self._phase("build", phases) as made, open_weights(spec) as weights:
@@ -81,7 +87,7 @@ class ModelManager:
             made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)
-            give_back()  # what quantising left behind in the allocator
+            trim()  # what quantising left behind
         layers = self.config.generation_layers(spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
         return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)
@@ -96,8 +102,9 @@ class ModelManager:
         with self._naming("model_config.quantization"):
             if wish.quantization != AUTO:
                 find_strategy(wish.quantization)
-        with self._naming("model_config.device"):
-            self._devices.resolve(wish.device)
+        if wish.device != AUTO:  # it is always right, and looking for a GPU takes torch
+            with self._naming("model_config.device"):
+                self._devices.resolve(wish.device)
 
     @contextmanager
     def _naming(self, key: str) -> Iterator[None]:
@@ -196,6 +203,7 @@ class ModelManager:
         """
         wish = self.config.config.model
         spec = spec or inspect(self._resolve())
+        import_torch()  # looking for a GPU takes it, and its memory counts
         device = self._devices.resolve(wish.device)
         settings = self._devices.optimize_memory_settings(device)
         runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)
