@@ -202,8 +202,9 @@ class ModelManager:
         the headers say, where that is known already.
         """
         wish = self.config.config.model
-        spec = spec or inspect(self._resolve())
-        import_torch()  # looking for a GPU takes it, and its memory counts
+        with in_background(import_torch) as torch_is_there:  # looking for a GPU takes it, and its memory counts
+            spec = spec or inspect(self._resolve())
+            torch_is_there()
         device = self._devices.resolve(wish.device)
         settings = self._devices.optimize_memory_settings(device)
         runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)

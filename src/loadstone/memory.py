@@ -6,8 +6,6 @@ import ctypes
 import gc
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 def give_back() -> None:
@@ -40,21 +38,3 @@ def forget_frames(error: BaseException) -> None:
             known[id(one)] = one
             traceback.clear_frames(one.__traceback__)
             found += [one.__cause__, one.__context__]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep the garbage collector from looking through what is made inside, because it is made to stay.
-
-    What lives at the end counts as old, as it would have by then; garbage is still found by whole collections.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if gc.get_freeze_count() == 0:  # or somebody else's would thaw
-            gc.freeze()
-            gc.unfreeze()  # into the oldest generation, at no cost
-        if was_on:
-            gc.enable()

@@ -1,12 +1,13 @@
-"""Brings torch in soon, and beside other work: most of the time before a first token is the import of it.
+"""Brings torch in soon and beside other work, because its import is most of the time before a first token.
 
-Knows no model. Only one thread at a time can run Python, so what overlaps is little but worth having: the system loads
-torch's library, which takes no Python, while another thread reads a tokenizer, which lets no other Python run.
+Only one thread at a time runs Python, so what overlaps is little but worth having: the system loads torch's library,
+which takes no Python, while another thread reads a tokenizer, which lets no other Python run. Knows no model.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
-
-from .memory import uncollected
 
 Result = TypeVar("Result")
 
@@ -40,8 +39,26 @@ def import_torch() -> None:
         import torch  # noqa: F401
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the garbage collector from looking again and again through what is made inside, all of which stays.
+
+    Afterwards it counts as old. Garbage among it is found by the next collection of everything.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if gc.get_freeze_count() == 0:  # or what somebody else has frozen would thaw
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation, without a look
+        if was_on:
+            gc.enable()
+
+
 def _load_library() -> None:
-    """Have the system load torch's library without holding up other threads, which Python's own import does.
+    """Have the system load torch's library without holding up other threads, as an import in Python does.
 
     What cannot be loaded is left to the import, which says why.
     """

@@ -47,7 +47,7 @@ def info(model: str, as_json: bool, **said: Any) -> None:
 def _look(wish: ConfigManager) -> dict[str, Any]:
     """Return all that is told, as plain values; bytes in bytes."""
     with HeldInterrupts():
-        import loadstone.manager  # noqa: F401 - with torch and all the rest, which the plan needs below
+        import loadstone.manager  # noqa: F401 - with the libraries that it needs
     from loadstone.checkpoint import inspect, load_chat_template
     from loadstone.sources import resolve
 
