@@ -11,9 +11,10 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from loadstone import CheckpointError, ModelManager
-from loadstone.startup import import_torch, in_background, uncollected
+from loadstone.startup import importing_torch, in_background, uncollected
 
 # What this package can do without for a model in a folder, and what torch brings only for those who compile.
 NOT_NEEDED = {
@@ -127,11 +128,11 @@ def test_a_block_that_fails_leaves_no_thread(error: type[BaseException]) -> None
     assert not _helpers()
 
 
-def test_torch_can_be_imported_twice() -> None:
-    import_torch()
-    before = sys.modules["torch"]
-    import_torch()
-    assert sys.modules["torch"] is before
+def test_torch_is_imported_once() -> None:
+    for _ in range(2):
+        with importing_torch() as torch_is_there:
+            torch_is_there()
+        assert sys.modules["torch"] is torch
 
 
 @pytest.mark.parametrize("is_on", [True, False])

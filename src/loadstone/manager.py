@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import inspect, load_chat_template, load_tokenizer, open_weights
+from .checkpoint import inspect, load_chat_template, load_tokenizer, open_weights, prepare_tokenizers
 from .checkpoint.spec import ModelSpec
 from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
@@ -23,7 +23,7 @@ from .memory import forget_frames, give_back, trim
 from .planner import Plan, plan
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
-from .startup import import_torch, in_background
+from .startup import importing_torch
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
 
@@ -73,7 +73,8 @@ class ModelManager:
         with self._phase("resolve", phases) as found:
             files = self._resolve()
             found["bytes"] = sum(file.stat().st_size for file in files.weights)
-        with self._phase("inspect", phases), in_background(import_torch) as torch_is_there:
+        prepare_tokenizers()
+        with self._phase("inspect", phases), importing_torch() as torch_is_there:
             spec = inspect(files)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
             torch_is_there()
@@ -202,7 +203,7 @@ class ModelManager:
         the headers say, where that is known already.
         """
         wish = self.config.config.model
-        with in_background(import_torch) as torch_is_there:  # looking for a GPU takes it, and its memory counts
+        with importing_torch() as torch_is_there:  # looking for a GPU takes it, and its memory counts
             spec = spec or inspect(self._resolve())
             torch_is_there()
         device = self._devices.resolve(wish.device)

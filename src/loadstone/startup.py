@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -30,13 +31,24 @@ def in_background(function: Callable[[], Result]) -> Iterator[Callable[[], Resul
         yield pool.submit(function).result
 
 
-def import_torch() -> None:
-    """Import torch; raise what `import torch` raises."""
+def importing_torch() -> AbstractContextManager[Callable[[], None]]:
+    """Import torch in a thread beside the block; calling what is yielded waits, and raises what `import torch` does."""
     if "torch" in sys.modules:
-        return
-    _load_library()
-    with uncollected():
-        import torch  # noqa: F401
+        return nullcontext(_import_torch)  # it may be another thread that imports it: then this waits
+    # Found now, because the thread should come to its first long step at once: where it waits for the disk, another
+    # thread runs, and one that begins to read a tokenizer lets nobody else run before the end of it.
+    load_library = _library_loader()
+
+    def work() -> None:
+        load_library()
+        with uncollected():
+            _import_torch()
+
+    return in_background(work)
+
+
+def _import_torch() -> None:
+    import torch  # noqa: F401
 
 
 @contextmanager
@@ -57,15 +69,15 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _load_library() -> None:
-    """Have the system load torch's library without holding up other threads, as an import in Python does.
+def _library_loader() -> Callable[[], object]:
+    """Return a function that has the system load torch's library; other threads go on meanwhile.
 
     What cannot be loaded is left to the import, which says why.
     """
     found = find_spec("torch")
     dlopen = getattr(ctypes.CDLL(None), "dlopen", None) if sys.platform == "linux" else None
     if found is None or found.origin is None or dlopen is None:
-        return
+        return lambda: None
     dlopen.restype = ctypes.c_void_p
-    library = Path(found.origin).parent / "lib" / "libtorch.so"
-    dlopen(os.fsencode(library), ctypes.c_int(os.RTLD_NOW))
+    library = os.fsencode(Path(found.origin).parent / "lib" / "libtorch.so")
+    return partial(dlopen, library, ctypes.c_int(os.RTLD_NOW))
