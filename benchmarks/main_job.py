@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from loadstone.units import format_size
+
+from .processes import ModuleFailed, run_module
 
 OURS, PEER = "benchmarks.measure_loadstone", "benchmarks.measure_transformers"
 SHORT_PROMPT, LONG_PROMPT = 40, 480
@@ -35,15 +36,6 @@ MEASURES = (
     ("steady_rss_bytes", "steady RSS", "size", False),
 )
 Run = Mapping[str, Any]
-
-
-def run_module(module: str, *arguments: str) -> dict[str, Any]:
-    """Run a module in a fresh process and return the JSON of its last line; exit with its errors when it fails."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{module} failed ({done.returncode}):\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 def measure(said: argparse.Namespace, threads: int, report: Console) -> tuple[list[Run], list[Run]]:
@@ -142,8 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and the JSON line, and return the exit code."""
     said = parse(arguments)
     report, screen = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 120)
-    machine = run_module("benchmarks.machine")
-    ours, peer = measure(said, machine["cores"], report)
+    try:
+        machine = run_module("benchmarks.machine")
+        ours, peer = measure(said, machine["cores"], report)
+    except ModuleFailed as failure:
+        sys.exit(str(failure))
     name = Path(said.model).name
     screen.print(table_of(name, ours, peer))
     our_medians, peer_medians = medians(ours), medians(peer) if peer else None

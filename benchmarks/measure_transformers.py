@@ -32,23 +32,31 @@ class TokenTimes:
         """Do nothing: transformers calls it after the last token."""
 
 
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Return what loading and answering took; `task` has model, device, tokens and prompt sizes."""
+def load_4bit(name: str, device: str, threads: int) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of a checkpoint, loaded in 4 bits as transformers' users do it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    torch.set_num_threads(task["threads"])
+    torch.set_num_threads(threads)
     kept = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(
-        task["model"], dtype=torch.bfloat16, device_map=task["device"], quantization_config=kept
-    )
+        name, dtype=torch.bfloat16, device_map=device, quantization_config=kept
+    )  # fmt: skip
+    return tokenizer, model
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Return what loading and answering took; `task` has model, device, tokens and prompt sizes."""
+    tokenizer, model = load_4bit(task["model"], task["device"], task["threads"])
     load_s = time.perf_counter() - STARTED
+
+    import torch
 
     from loadstone.hardware import peak_rss, process_rss
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# What tests keep on disk is theirs, in every process that they start, and goes with them.
+_home = tempfile.TemporaryDirectory(prefix="loadstone-tests-")
+os.environ["LOADSTONE_HOME"] = _home.name
 
 if TYPE_CHECKING:
     from loadstone import ModelManager

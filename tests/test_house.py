@@ -19,7 +19,7 @@ ROOT = Path(loadstone.__file__).parent
 # From the ground up; a room may import those on lines below its own, and none beside it. An import under
 # TYPE_CHECKING counts like any other: who names a type knows the room that it is from.
 HOUSE = (
-    ("errors", "units", "folders", "memory", "startup", "telemetry"),
+    ("errors", "units", "folders", "memory", "startup", "telemetry", "_blake3"),
     ("config", "retry"),
     ("checkpoint", "hardware", "sources"),
     ("quantization", "store"),
@@ -35,7 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 
 # The second file of a vendor, by its reason.
 EXCUSED = {("jinja2", "checkpoint/template.py"): "names the errors of the templates that _jinja.py compiles"}
-VENDORS = {"bitsandbytes", "gguf", "huggingface_hub", "llvmlite", "jinja2", "transformers"}
+VENDORS = {"bitsandbytes", "blake3", "gguf", "huggingface_hub", "llvmlite", "jinja2", "transformers"}
 HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingface_hub", "tokenizers", "llvmlite"}
 
 PUBLIC = [

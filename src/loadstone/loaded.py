@@ -77,6 +77,14 @@ class LoadedModel:
             said.append(("argument", GenerationConfig(**settings)))
         return resolve_generation(said)
 
+    def _kept(self) -> dict[str, Any] | None:
+        """Return the entry of the store that the weights are in, or None where they are only in memory."""
+        attached = self.decoder.attached
+        if attached is None:
+            return None
+        manifest = attached.entry.manifest
+        return {"key": manifest.key, "folder": str(attached.entry.folder), "made": manifest.made}
+
     def info(self) -> dict[str, Any]:
         """Return what this model is, as plain values: see `ModelManager.get_model_info`."""
         spec, plan = self.spec, self.plan
@@ -99,6 +107,7 @@ class LoadedModel:
                 **plan.other_bytes,
             },
             "load_seconds": dict(self.phases),
+            "store": self._kept(),
             "context": plan.context,
             "max_context": spec.max_context,
             "template": template.origin if template is not None else None,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import inspect, load_chat_template, load_tokenizer, open_weights, prepare_tokenizers
+from .checkpoint import inspect, load_chat_template, load_tokenizer, prepare_tokenizers
 from .checkpoint.spec import ModelSpec
 from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
@@ -24,6 +24,7 @@ from .planner import Plan, plan
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
 from .startup import importing_torch
+from .store import open_store
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
 
@@ -83,8 +84,8 @@ class ModelManager:
 
         with self._phase("plan", phases):
             decision = self.plan(spec)
-        with self._phase("build", phases) as made, open_weights(spec) as weights:
-            decoder = build(decision, spec, weights)
+        with self._phase("build", phases) as made:
+            decoder = build(decision, spec, open_store(self.config.config.store))
             made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)

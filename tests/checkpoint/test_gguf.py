@@ -146,7 +146,7 @@ def test_a_model_with_changed_bytes_is_either_inspected_or_refused(model, tmp_pa
     except CheckpointError:
         return
     with open_weights(spec) as weights:
-        weights.read("model.layers.0.self_attn.q_proj.weight")
+        weights.tensor("model.layers.0.self_attn.q_proj.weight")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_whole_types_come_exactly_and_in_their_own_type(tmp_path, kind):
     with open_weights(spec) as weights:
         assert set(weights.names()) == set(tensors)
         for name, tensor in tensors.items():
-            found = weights.read(name)
+            found = weights.tensor(name)
             assert found.dtype == (dtype if tensor.ndim == 2 else torch.float32)
             assert torch.equal(found, tensor.to(found.dtype))
 
@@ -231,7 +231,7 @@ def test_quantised_types_come_as_float32_near_the_original(tmp_path, kind, step)
     spec = inspect(gguf_files(write_gguf(tmp_path / "m.gguf", config, tensors, kind=kind)))
     with open_weights(spec) as weights:
         for name, tensor in tensors.items():
-            found = weights.read(name)
+            found = weights.tensor(name)
             assert found.dtype == torch.float32
             assert found.shape == tensor.shape
             assert (found - tensor).abs().max() <= share * tensor.abs().max()
@@ -264,9 +264,9 @@ def test_numbers_are_the_packages_own(tmp_path, kind):
     assert spec.tensors[name].dtype == kind
     reference = torch.from_numpy(np.array(gguf.quants.dequantize(blocks, number)))
     with open_weights(spec) as weights:
-        found = weights.read(name)
+        found = weights.tensor(name)
         assert torch.equal(found.float().nan_to_num(), reference.nan_to_num())
-        assert torch.equal(weights.read(name, slice(3, 9)).float().nan_to_num(), reference[3:9].nan_to_num())
+        assert torch.equal(weights.tensor(name)[3:9].float().nan_to_num(), reference[3:9].nan_to_num())
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
@@ -279,9 +279,9 @@ def test_llamas_query_and_key_rows_come_back_in_the_hubs_order(tmp_path, kind):
     with open_weights(spec) as weights:
         for part in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias", "k_proj.bias"):
             name = f"model.layers.1.self_attn.{part}"
-            found = weights.read(name).float()
+            found = weights.tensor(name).float()
             assert torch.allclose(found, tensors[name], atol=1e-3)
-            assert torch.equal(weights.read(name, slice(5, 70)).float(), found[5:70])
+            assert torch.equal(weights.tensor(name)[5:70].float(), found[5:70])
 
 
 def test_the_tests_own_reordering_moves_rows():
@@ -297,7 +297,7 @@ def test_qwens_rows_are_not_reordered(tmp_path):
     assert "model.layers.0.self_attn.q_norm.weight" in spec.tensors
     with open_weights(spec) as weights:
         name = "model.layers.0.self_attn.q_proj.weight"
-        assert torch.equal(weights.read(name), tensors[name])
+        assert torch.equal(weights.tensor(name), tensors[name])
 
 
 def test_metadata_become_the_sizes(tmp_path):
@@ -441,7 +441,7 @@ def test_the_bundled_models_vocabulary_is_read(bundled):
 def test_the_bundled_models_numbers_are_finite(bundled):
     with open_weights(inspect(gguf_files(bundled))) as weights:
         for name in weights.names()[:12]:
-            assert torch.isfinite(weights.read(name)).all()
+            assert torch.isfinite(weights.tensor(name)).all()
 
 
 def test_inspecting_imports_none_of_the_heavy_libraries(bundled):

@@ -69,7 +69,7 @@ def test_what_transformers_saves_is_inspected_as_transformers_means_it(tmp_path,
     assert spec.sliding_window == getattr(config, "sliding_window", None)
     with open_weights(spec) as weights:
         for name, tensor in state.items():
-            assert torch.equal(weights.read(name), tensor)
+            assert torch.equal(weights.tensor(name), tensor)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -79,7 +79,7 @@ def test_shards_make_one_model(folder, shards):
     spec = inspect(folder.write(config, tensors, shards=shards).files())
     assert len({tensor.file for tensor in spec.tensors.values()}) == shards
     with open_weights(spec) as weights:
-        assert all(torch.equal(weights.read(name), tensor) for name, tensor in tensors.items())
+        assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_a_shard_behind_a_link_is_read(folder, tmp_path):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import struct
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -194,42 +193,19 @@ def test_read_gives_each_types_exact_numbers(folder, dtype):
     with open_weights(spec) as weights:
         assert set(weights.names()) == set(tensors)
         for name, tensor in tensors.items():
-            assert weights.read(name).dtype == dtype
-            assert torch.equal(weights.read(name), tensor)
+            assert weights.tensor(name).dtype == dtype
+            assert torch.equal(weights.tensor(name), tensor)
 
 
-def test_read_copies_nothing_and_warns_of_nothing(folder):
-    spec = inspect(folder.write(tiny_config()).files())
-    with open_weights(spec) as weights, warnings.catch_warnings():
-        warnings.simplefilter("error")
-        name = "model.embed_tokens.weight"
-        assert weights.read(name).data_ptr() == weights.read(name).data_ptr()
-
-
-def test_rows_are_a_part_of_the_same_view(folder):
-    spec = inspect(folder.write(tiny_config()).files())
-    with open_weights(spec) as weights:
-        name = "model.embed_tokens.weight"
-        assert torch.equal(weights.read(name, slice(10, 20)), weights.read(name)[10:20])
-
-
-def test_a_write_by_mistake_never_reaches_the_file(folder):
-    spec = inspect(folder.write(tiny_config()).files())
-    before = spec.tensors["model.norm.weight"].file.read_bytes()
-    with open_weights(spec) as weights:
-        weights.read("model.norm.weight").zero_()
-    assert spec.tensors["model.norm.weight"].file.read_bytes() == before
-
-
-def test_a_view_outlives_the_weights_it_came_from(folder):
+def test_a_tensor_outlives_the_weights_it_came_from(folder):
     config = tiny_config()
     tensors = random_tensors(config)
     weights = open_weights(inspect(folder.write(config, tensors).files()))
-    view = weights.read("model.norm.weight")
+    whole = weights.tensor("model.norm.weight")
     weights.close()
-    assert torch.equal(view, tensors["model.norm.weight"])
+    assert torch.equal(whole, tensors["model.norm.weight"])
     with pytest.raises(ModelLoadError, match="closed"):
-        weights.read("model.norm.weight")
+        weights.tensor("model.norm.weight")
 
 
 def test_numbers_at_an_odd_place_in_the_file_are_read_too(folder):
@@ -241,18 +217,7 @@ def test_numbers_at_an_odd_place_in_the_file_are_read_too(folder):
     moved = inspect(folder.files())
     assert moved.tensors["model.norm.weight"].offset % 4
     with open_weights(moved) as weights:
-        assert torch.equal(weights.read("model.norm.weight"), load_file(file)["model.norm.weight"])
-
-
-def test_released_pages_are_read_again_when_needed(folder):
-    config = tiny_config()
-    tensors = random_tensors(config)
-    with open_weights(inspect(folder.write(config, tensors).files())) as weights:
-        for name, tensor in tensors.items():
-            weights.prefetch(name)
-            assert torch.equal(weights.read(name), tensor)
-            weights.release(name)
-            assert torch.equal(weights.read(name), tensor)
+        assert torch.equal(weights.tensor("model.norm.weight"), load_file(file)["model.norm.weight"])
 
 
 def test_a_file_shortened_after_inspection_is_refused_when_opened(folder):
@@ -261,3 +226,12 @@ def test_a_file_shortened_after_inspection_is_refused_when_opened(folder):
     os.truncate(file, file.stat().st_size - 10)
     with pytest.raises(CheckpointError, match="10 are missing"):
         open_weights(spec)
+
+
+def test_a_file_shortened_after_it_was_opened_is_refused_when_read(folder):
+    spec = inspect(folder.write(tiny_config()).files())
+    file = max(spec.tensors.values(), key=lambda tensor: tensor.offset)
+    with open_weights(spec) as weights:
+        os.truncate(file.file, file.offset + file.nbytes - 10)
+        with pytest.raises(CheckpointError, match="truncated"):
+            weights.tensor(file.name)

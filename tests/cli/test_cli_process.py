@@ -139,7 +139,8 @@ def test_a_chat_at_a_terminal_greets_shows_progress_and_outlives_ctrl_c(start, s
     """Ctrl-C at the prompt explains itself, in an answer stops it; Ctrl-D ends."""
     view, terminal = screen
     process = start(
-        "chat", "smollm2", *LONG, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        "chat", "smollm2", "--quantization", "none", *LONG, stdin=terminal, stdout=terminal, stderr=terminal,
+        start_new_session=True,
         env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"},
     )  # fmt: skip
     view.wait_for("/help lists the commands")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from loadstone.checkpoint import inspect, open_weights
+from loadstone.checkpoint import inspect
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.config import LoadConfig
 from loadstone.hardware import Device, MemorySettings
@@ -76,8 +76,7 @@ def load(place: Path | str, **wishes: Any) -> tuple[Decoder, ModelSpec, Plan]:
     """Load a folder, or the bundled model by its name."""
     files = resolve(str(place))
     spec, decision = planned(files, **wishes)
-    with open_weights(spec) as weights:
-        return build(decision, spec, weights), spec, decision
+    return build(decision, spec), spec, decision
 
 
 @dataclass

@@ -157,7 +157,7 @@ def test_refusal_tells_that_more_is_needed_than_allowed(quantization: str) -> No
 
 def test_refusal_offers_no_larger_strategy() -> None:
     with pytest.raises(ResourceError) as caught:
-        decide(cpu(9 * GB), quantization="8bit")
+        decide(cpu(8 * GB), quantization="8bit")
     assert all("none" not in words for words in caught.value.would_fit)
 
 

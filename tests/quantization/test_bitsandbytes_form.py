@@ -6,15 +6,14 @@ import pytest
 import torch
 import weights
 
-from loadstone.quantization import _bitsandbytes
+from loadstone.quantization import _bitsandbytes, find_strategy
 from loadstone.quantization._bitsandbytes import BitsandbytesNf4
-from loadstone.quantization.int8 import quantize_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def quantized(*parts: torch.Tensor, dtype: torch.dtype = torch.float32) -> BitsandbytesNf4:
-    return BitsandbytesNf4.quantize(parts, weights.CPU, dtype)
+    return BitsandbytesNf4.quantize(torch.cat([part.to(dtype) for part in parts]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +67,7 @@ def test_double_quantisation_keeps_absmax_in_a_byte() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_8_bit_product_of_cuda_is_close_to_the_weights(dtype: torch.dtype) -> None:
     """Activations are rounded to 8 bits a row there: a hundredth of error is what that costs."""
-    linear = quantize_int8([weights.random(64, 256)], weights.CPU, dtype)
+    linear = find_strategy("8bit").quantize("linear", [weights.random(64, 256)], weights.CPU, dtype)
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = _bitsandbytes.int8_product(x, linear.weight, linear.scales)
     assert found.dtype == dtype

@@ -24,7 +24,7 @@ again = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCh
 def bitsandbytes_form(*parts: torch.Tensor) -> Linear:
     from loadstone.quantization._bitsandbytes import BitsandbytesNf4
 
-    return BitsandbytesNf4.quantize(parts, weights.CPU, torch.float32)
+    return BitsandbytesNf4.quantize(torch.cat(parts))
 
 
 FORMS: dict[str, Callable[[torch.Tensor], Linear]] = {

@@ -17,6 +17,7 @@ from loadstone.telemetry import emit
 from . import config_json, gguf, gguf_model, safetensors
 from .architectures import Architecture
 from .layout import Sizes, expected_tensors, select_tensors
+from .listing import LISTING, read_listing
 from .spec import ModelSpec, TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +47,7 @@ def inspect(files: Files) -> ModelSpec:
     Raises CheckpointError, naming file and cause, for files that are damaged, incomplete, contradict one
     another, or are of a kind that is not read.
     """
-    if not files.weights:
+    if not files.weights and not (files.folder / LISTING).is_file():
         raise CheckpointError("there are no weights", file=files.folder, hint="Fetch the checkpoint again.")
     return _inspect_gguf(files) if files.format == "gguf" else _inspect_safetensors(files)
 
@@ -56,7 +57,7 @@ def _inspect_safetensors(files: Files) -> ModelSpec:
     config = config_json.read_json(config_file)
     architecture = config_json.architecture_of(config, config_file)
     sizes = config_json.sizes_of(config, architecture, config_file)
-    found = _gather(files)
+    found = _gather(files) if files.weights else read_listing(files.folder)
     tensors = select_tensors(found, expected_tensors(architecture, sizes), _SAFETENSORS_TYPES, files.folder)
     generation = config_json.read_generation(files.folder)
     return _spec(files, architecture, sizes, tensors, config, generation, config_file)

@@ -20,7 +20,7 @@ class TensorInfo:
 
     `shape` is rows × columns as torch has it. `dtype` is the type on disk: "BF16", "F16", "F32" or a GGUF
     type such as "Q4_K". `offset` and `nbytes` place it in `file`, in bytes from the file's start.
-    `stored_name` is its name in the file.
+    `stored_name` is its name in the file. `digest` says what its bytes are, where only that is kept of them.
     """
 
     name: str
@@ -30,6 +30,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     stored_name: str
+    digest: str | None = None
 
     @property
     def elements(self) -> int:

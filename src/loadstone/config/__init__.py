@@ -2,7 +2,7 @@
 
 from .generation import GenerationConfig, Sampling, generation_from_checkpoint, resolve_generation, tell_generation
 from .manager import ConfigManager
-from .schema import LoadConfig, LoadstoneConfig, RetryConfig
+from .schema import LoadConfig, LoadstoneConfig, RetryConfig, StoreConfig
 
 __all__ = [
     "ConfigManager",
@@ -11,6 +11,7 @@ __all__ = [
     "LoadstoneConfig",
     "RetryConfig",
     "Sampling",
+    "StoreConfig",
     "generation_from_checkpoint",
     "resolve_generation",
     "tell_generation",

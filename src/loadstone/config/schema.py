@@ -90,17 +90,7 @@ class LoadConfig(Wish):
     @field_validator("max_memory", mode="before")
     @classmethod
     def _max_memory(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if not isinstance(value, (int, str)) or isinstance(value, bool):
-            raise ValueError(f"{show(value)} is not a size; write one like 20GB or 16GiB")
-        try:
-            size = parse_size(value)
-        except OverflowError:
-            size = _LARGEST_BYTES + 1
-        if size > _LARGEST_BYTES:
-            raise ValueError(f"{show(value)} is more than any machine has")
-        return size
+        return _size(value)
 
     @field_validator("quantization", mode="before")
     @classmethod
@@ -148,6 +138,31 @@ class RetryConfig(Wish):
     """Seconds that no wait may exceed. Thirty by default: longer looks like a program that hangs."""
 
 
+class StoreConfig(Wish):
+    """Where quantised weights are kept, and how much of them (`store` in a file)."""
+
+    enabled: bool = Field(default=True, examples=["true"])
+    """Whether quantised weights are kept on disk, so that every load after the first takes no time. On by default."""
+
+    folder: str | None = Field(default=None, min_length=1, examples=['"/data/loadstone"'])
+    """The folder that they are kept in; `~` is the home folder. None by default: `store` in the platform's cache
+    folder."""
+
+    max_size: int | None = Field(default=None, examples=['"50GB"'])
+    """The most that they may take on disk together, in bytes; written as `50GB` or `50GiB`. When a new one does not
+    fit, those used longest ago go. None by default: as much as the disk has."""
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("max_size", mode="before")
+    @classmethod
+    def _max_size(cls, value: Any) -> Any:
+        return _size(value)
+
+
 class LoadstoneConfig(Wish):
     """Everything that can be asked for: one group a section of the file."""
 
@@ -166,13 +181,32 @@ class LoadstoneConfig(Wish):
     retry: RetryConfig = Field(default_factory=RetryConfig)
     """How hard to try when the network fails."""
 
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    """Where quantised weights are kept."""
+
 
 SECTIONS: dict[str, tuple[str, type[Wish]]] = {
     "model_config": ("model", LoadConfig),
     "generation": ("generation", GenerationConfig),
     "retry": ("retry", RetryConfig),
+    "store": ("store", StoreConfig),
 }
 """Each section's name in files, with the attribute of LoadstoneConfig and the type that it becomes."""
+
+
+def _size(value: Any) -> Any:
+    """Return the bytes that a size means; raise ValueError for what is none."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, str)) or isinstance(value, bool):
+        raise ValueError(f"{show(value)} is not a size; write one like 20GB or 16GiB")
+    try:
+        size = parse_size(value)
+    except OverflowError:
+        size = _LARGEST_BYTES + 1
+    if size > _LARGEST_BYTES:
+        raise ValueError(f"{show(value)} is more than any machine has")
+    return size
 
 
 def known_keys() -> list[str]:

@@ -14,6 +14,7 @@ import torch
 
 from loadstone.quantization.kernels.cpu import Tokens, cpu_kernels
 from loadstone.quantization.linear import Linear
+from loadstone.store import Attached
 
 from .attention import attend
 from .cache import KVCache
@@ -81,6 +82,7 @@ class Decoder:
     device: torch.device
     dtype: torch.dtype
     cache_dtype: torch.dtype
+    attached: Attached | None = None  # the entry of the store that the weights are in, as long as they are used
 
     def __post_init__(self) -> None:
         kernels = cpu_kernels() if self.device.type == "cpu" and self.dtype == torch.float32 else None
@@ -92,7 +94,10 @@ class Decoder:
 
     def release(self) -> None:
         """Let go of every weight, whoever still holds this object; it cannot be used after that."""
+        attached = self.attached
         vars(self).clear()
+        if attached is not None:
+            attached.close()
 
     def weight_bytes(self) -> dict[str, int]:
         """Return the bytes that the weights take, by part; a tied embedding counts once."""

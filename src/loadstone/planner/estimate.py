@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loadstone.checkpoint.weights import PIECE_NUMBERS, PIECE_NUMBERS_PACKED
+from loadstone.checkpoint.workers import thread_count
 from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
 
@@ -22,11 +24,12 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 ACTIVATION_MARGIN = 0.25
 # Weights that are read together and kept as one product: gate and up (q, k and v are smaller).
 STACKED = 2
-# What packing and unpacking a few rows at a time take on the processor, at most.
+# What unpacking a few rows at a time takes on the processor, at most.
 ROWS_AT_A_TIME = 64 << 20
 
 _FLOAT = 4  # intermediate results are counted as float32, whatever type the products are made in
 _HIDDEN_COPIES = 6  # residual, normed, attention's and the MLP's results, and the sums of the two
+_UNPACKING = 24  # bytes a number: packed, unpacked, and what lies between
 _PLAIN_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -116,20 +119,30 @@ def estimate_activations(
 def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings, device_kind: str) -> int:
     """Return the bytes that loading holds at its worst beside the weights already kept.
 
-    One product is made at a time: on the processor from its tensors as read, of which a few rows are being
-    packed; elsewhere from two copies in the compute type, as the tensors arrive and as they are stacked.
+    A few threads read pieces of tensors, each into its own buffer. Most strategies pack a piece as it comes; one that
+    needs a weight whole holds that beside its result, as a GPU does in the compute type: as it arrives, and quantised.
     """
+    buffers = thread_count() * max((_piece_bytes(tensor) for tensor in spec.tensors.values()), default=0)
     outer = [tensor for name, tensor in spec.tensors.items() if spec.part_of(name) != "linear"]
     if device_kind != "cpu":
         largest = max([_stacked(spec), *(tensor.elements for tensor in outer)])
         return 2 * largest * dtype_bytes(settings.compute_dtype)
+    if not strategy.needs_whole_weights:
+        # Scales are float32 until all of a weight's are known; two or three weights are in the making at a time.
+        return buffers + _stacked(spec) // 4
 
     def held(tensor: TensorInfo) -> int:
-        narrowed = _bytes_unquantised(spec, tensor) if strategy.name == "none" and spec.format == "gguf" else 0
-        return tensor.elements * (_bytes_as_read(tensor) + narrowed)
+        return tensor.elements * _bytes_as_read(tensor)
 
     inner = max((held(tensor) for tensor in _linear(spec)), default=0)
-    return max([STACKED * inner, *(held(tensor) for tensor in outer)]) + ROWS_AT_A_TIME
+    return buffers + 2 * max([STACKED * inner, *(held(tensor) for tensor in outer)])
+
+
+def _piece_bytes(tensor: TensorInfo) -> int:
+    """Return what a piece of a tensor takes while it is read and packed."""
+    if tensor.dtype in _PLAIN_FLOATS:
+        return min(tensor.elements, PIECE_NUMBERS) * _PLAIN_FLOATS[tensor.dtype]
+    return min(tensor.elements, PIECE_NUMBERS_PACKED) * _UNPACKING
 
 
 def _linear(spec: ModelSpec) -> list[TensorInfo]:

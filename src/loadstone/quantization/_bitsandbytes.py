@@ -5,13 +5,14 @@ Imported only when one of them is needed, because importing bitsandbytes takes o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes.functional as bitsandbytes
 import torch
 from bitsandbytes import matmul_4bit
 
+from .base import Facts, Packing
 from .codes import BLOCK
 from .linear import Linear
 
@@ -43,20 +44,53 @@ class BitsandbytesNf4(Linear):
         self.state = state
 
     @classmethod
-    def quantize(cls, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> BitsandbytesNf4:
-        """Quantise the stacked weights on `device`."""
-        joined = torch.cat([weight.to(device, dtype) for weight in weights])
-        codes, state = bitsandbytes.quantize_4bit(joined, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    def quantize(cls, weight: torch.Tensor) -> BitsandbytesNf4:
+        """Quantise a whole weight where it is; its type is the compute type."""
+        codes, state = bitsandbytes.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
         return cls(codes, state)
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> BitsandbytesNf4:
+        """Return the weight whose `tensors()` and `facts` these are."""
+        nested = bitsandbytes.QuantState(
+            absmax=tensors["absmax2"], code=tensors["code2"], blocksize=int(facts["blocksize2"]), dtype=torch.float32
+        )
+        state = bitsandbytes.QuantState(
+            absmax=tensors["absmax"], shape=torch.Size((int(facts["rows"]), int(facts["columns"]))), dtype=dtype,
+            code=tensors["code"], blocksize=BLOCK, quant_type="nf4", offset=tensors["offset"].view(()), state2=nested,
+        )  # fmt: skip
+        return cls(tensors["codes"], state)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = matmul_4bit(x, self.codes.t(), quant_state=self.state)
         return product
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        nested = self.state.state2
-        return {"codes": self.codes, "absmax": self.state.absmax, "absmax2": nested.absmax, "code2": nested.code}
+        state, nested = self.state, self.state.state2
+        return {
+            "codes": self.codes, "absmax": state.absmax, "code": state.code, "offset": state.offset.view(1),
+            "absmax2": nested.absmax, "code2": nested.code,
+        }  # fmt: skip
+
+    @property
+    def facts(self) -> Facts:
+        return {"rows": self.rows, "columns": self.columns, "blocksize2": self.state.state2.blocksize}
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         whole: torch.Tensor = bitsandbytes.dequantize_4bit(self.codes, self.state)
         return whole[start:stop].to(dtype)
+
+
+class BitsandbytesPacking(Packing):
+    """Rows gathered on the GPU in the compute type, from threads whose copies overlap; quantised there when all are."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.whole = torch.empty(rows, columns, dtype=dtype, device=device)
+
+    def add(self, first: int, rows: torch.Tensor) -> None:
+        self.whole[first : first + len(rows)] = rows.to(self.whole.device, non_blocking=True)
+        if self.whole.is_cuda:
+            torch.cuda.current_stream(self.whole.device).synchronize()  # the caller uses its buffer again
+
+    def finish(self) -> Linear:
+        return BitsandbytesNf4.quantize(self.whole)

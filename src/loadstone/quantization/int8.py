@@ -6,20 +6,21 @@ of 64, so it needs no separate path for outliers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .base import Strategy
+from .base import Facts, Packed, Packing
 
 if TYPE_CHECKING:
     import torch
 
-    from .linear import Int8Linear, Linear
+    from .linear import Linear
 
 CHUNK = 1 << 20  # weights widened to float32 at a time
+LAYOUT = "int8-rows-1"
 
 
-class Int8(Strategy):
+class Int8(Packed):
     """Keeps every matrix, the embedding too, in 8 bits a weight."""
 
     name = "8bit"
@@ -28,29 +29,47 @@ class Int8(Strategy):
     def weight_bytes(self, part: str, rows: int, columns: int, *, dtype_bytes: int = 2) -> int:
         return rows * columns + 4 * rows
 
-    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
-        return quantize_int8(weights, device, dtype)
+    def packing(
+        self, part: str, rows: int, columns: int, *, source: torch.dtype, device: torch.device, dtype: torch.dtype
+    ) -> Packing:
+        return Int8Packing(rows, columns, device, dtype)
+
+    def layout(self, device_kind: str) -> str:
+        return LAYOUT
+
+    def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
+        return restore_int8(tensors, dtype)
 
 
-def quantize_int8(weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Int8Linear:
-    """Return the stacked weights with each row scaled to [-127, 127] and rounded."""
-    import torch
+class Int8Packing(Packing):
+    """Each row scaled to [-127, 127] and rounded."""
 
-    from .linear import Int8Linear, kernels_for
+    def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> None:
+        import torch
 
-    rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
-    numbers = torch.empty(rows, columns, dtype=torch.int8, device=device)
-    scales = torch.empty(rows, device=device)
-    kernels = kernels_for(device, columns)
-    at = 0
-    for weight in weights:
-        part = slice(at, at + len(weight))
-        if kernels is not None and weight.is_cpu:
-            kernels.quantize_int8(weight.contiguous(), numbers[part], scales[part])
+        from .linear import kernels_for
+
+        self.numbers = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        self.scales = torch.empty(rows, device=device)
+        self.dtype = dtype
+        self.kernels = kernels_for(device, columns)
+
+    def add(self, first: int, rows: torch.Tensor) -> None:
+        part = slice(first, first + len(rows))
+        if self.kernels is not None:
+            self.kernels.quantize_int8(rows, self.numbers[part], self.scales[part])
         else:
-            _round(weight, numbers[part], scales[part])
-        at += len(weight)
-    return Int8Linear(numbers, scales, dtype)
+            _round(rows, self.numbers[part], self.scales[part])
+
+    def finish(self) -> Linear:
+        return restore_int8({"weight": self.numbers, "scales": self.scales}, self.dtype)
+
+
+def restore_int8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Linear:
+    """Return the product of a weight kept in 8 bits."""
+    from .linear import Int8Linear
+
+    return Int8Linear(tensors["weight"], tensors["scales"], dtype)
 
 
 def _round(weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
+from .base import Facts
 from .codes import BLOCK
 from .kernels.cpu import CpuKernels, cpu_kernels
 from .reference import dequantize_nf4
@@ -55,6 +56,11 @@ class Linear(ABC):
     @abstractmethod
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Return the tensors that keep W, by name."""
+
+    @property
+    def facts(self) -> Facts:
+        """The numbers that are part of W beside its tensors, by name."""
+        return {}
 
     @abstractmethod
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -204,6 +210,10 @@ class Nf4Linear(KernelLinear):
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"codes": self.codes, "absmax": self.absmax}
+
+    @property
+    def facts(self) -> Facts:
+        return {"scale": self.scale}
 
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         codes, absmax = self.codes[start:stop], self.absmax[start:stop]

@@ -6,11 +6,13 @@ are the same and the absmax has 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .base import Strategy
+from .base import Facts, Packed, Packing
 from .codes import BLOCK
+from .int8 import LAYOUT as INT8_LAYOUT
+from .int8 import Int8Packing, restore_int8
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 LARGEST = 2.0**15  # what the largest absmax is kept as: near float16's own largest, so that small ones keep theirs
 
 
-class Nf4(Strategy):
+class Nf4(Packed):
     """Keeps the layers' matrices in 4 bits and what maps tokens in and out in 8."""
 
     name = "4bit"
@@ -32,37 +34,59 @@ class Nf4(Strategy):
             return rows * columns + 4 * rows
         return rows * columns // 2 + 2 * (rows * columns // BLOCK)
 
-    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
-        if part != "linear" or weights[0].shape[1] % BLOCK:
-            from .int8 import quantize_int8
-
-            return quantize_int8(weights, device, dtype)
+    def packing(
+        self, part: str, rows: int, columns: int, *, source: torch.dtype, device: torch.device, dtype: torch.dtype
+    ) -> Packing:
+        if part != "linear" or columns % BLOCK:
+            return Int8Packing(rows, columns, device, dtype)
         if device.type == "cuda":
+            from ._bitsandbytes import BitsandbytesPacking
+
+            return BitsandbytesPacking(rows, columns, device, dtype)
+        return _Nf4Packing(rows, columns, device)
+
+    def layout(self, device_kind: str) -> str:
+        linear = "bitsandbytes-nf4-double-1" if device_kind == "cuda" else "nf4-64-absmax16-1"
+        return f"{linear}+{INT8_LAYOUT}"
+
+    def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
+        from .linear import Nf4Linear
+
+        if "scales" in tensors:
+            return restore_int8(tensors, dtype)
+        if "absmax2" in tensors:
             from ._bitsandbytes import BitsandbytesNf4
 
-            return BitsandbytesNf4.quantize(weights, device, dtype)
-        return _quantize_nf4(weights, device)
+            return BitsandbytesNf4.restore(tensors, facts, dtype)
+        return Nf4Linear(tensors["codes"], tensors["absmax"], facts["scale"])
 
 
-def _quantize_nf4(weights: Sequence[torch.Tensor], device: torch.device) -> Linear:
-    import torch
+class _Nf4Packing(Packing):
+    """Codes as they will be, and absmax as float32 until the largest is known."""
 
-    from .kernels.cpu import cpu_kernels
-    from .linear import Nf4Linear
-    from .reference import quantize_nf4
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        import torch
 
-    kernels = cpu_kernels()
-    rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    absmax = torch.empty(rows, columns // BLOCK)
-    at = 0
-    for weight in weights:
-        part = slice(at, at + len(weight))
-        if kernels is not None:
-            kernels.quantize_nf4(weight.contiguous(), codes[part], absmax[part])
+        from .kernels.cpu import cpu_kernels
+
+        self.codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        self.absmax = torch.empty(rows, columns // BLOCK)
+        self.device = device
+        self.kernels = cpu_kernels()
+
+    def add(self, first: int, rows: torch.Tensor) -> None:
+        from .reference import quantize_nf4
+
+        part = slice(first, first + len(rows))
+        if self.kernels is not None:
+            self.kernels.quantize_nf4(rows, self.codes[part], self.absmax[part])
         else:
-            codes[part], absmax[part] = quantize_nf4(weight)
-        at += len(weight)
-    # One NaN or infinity spoils its own block only, and one huge weight leaves the others' absmax its eleven bits.
-    scale = float(absmax.where(absmax.isfinite(), 0).max()) / LARGEST or 1.0
-    return Nf4Linear(codes.to(device), absmax.div_(scale).half().to(device), scale)
+            self.codes[part], self.absmax[part] = quantize_nf4(rows)
+
+    def finish(self) -> Linear:
+        from .linear import Nf4Linear
+
+        # One NaN or infinity spoils its own block only, and one huge weight leaves the others' absmax its eleven bits.
+        scale = float(self.absmax.where(self.absmax.isfinite(), 0).max()) / LARGEST or 1.0
+        absmax = self.absmax.div_(scale).half().to(self.device)
+        return Nf4Linear(self.codes.to(self.device), absmax, scale)

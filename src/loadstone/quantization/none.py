@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
 from typing import TYPE_CHECKING
 
-from .base import Strategy
+from .base import Packed, Packing
 
 if TYPE_CHECKING:
     import torch
@@ -14,8 +12,11 @@ if TYPE_CHECKING:
     from .linear import Linear
 
 
-class NoQuantization(Strategy):
-    """Keeps every weight as it is; on an accelerator, in the compute dtype."""
+class NoQuantization(Packed):
+    """Keeps every weight as it is; on an accelerator, in the compute dtype.
+
+    It has no layout: a copy on disk would be as large as the checkpoint, and no quicker to read.
+    """
 
     name = "none"
     summary = "as in the checkpoint, 16 or 32 bits a weight"
@@ -23,13 +24,24 @@ class NoQuantization(Strategy):
     def weight_bytes(self, part: str, rows: int, columns: int, *, dtype_bytes: int = 2) -> int:
         return rows * columns * dtype_bytes
 
-    def quantize(self, part: str, weights: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype) -> Linear:
+    def packing(
+        self, part: str, rows: int, columns: int, *, source: torch.dtype, device: torch.device, dtype: torch.dtype
+    ) -> Packing:
         import torch
 
+        kept = source if device.type == "cpu" else dtype
+        return _Stacking(torch.empty(rows, columns, dtype=kept, device=device), dtype)
+
+
+class _Stacking(Packing):
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight
+        self.dtype = dtype
+
+    def add(self, first: int, rows: torch.Tensor) -> None:
+        self.weight[first : first + len(rows)] = rows
+
+    def finish(self) -> Linear:
         from .linear import DenseLinear
 
-        own = reduce(torch.promote_types, [weight.dtype for weight in weights])
-        kept = own if device.type == "cpu" else dtype
-        joined = torch.empty(sum(len(weight) for weight in weights), weights[0].shape[1], dtype=kept, device=device)
-        torch.cat([weight.to(device, kept) for weight in weights], out=joined)
-        return DenseLinear(joined, dtype)
+        return DenseLinear(self.weight, self.dtype)

@@ -105,6 +105,21 @@ class HubCache:
         if wanted != listing.commit and self.commit_of(revision) != listing.commit:
             _write(self.folder / "refs" / wanted, listing.commit)
 
+    def remove(self, commit: str, names: Iterable[str]) -> int:
+        """Remove files of a snapshot, and their content unless another snapshot has it too; return the bytes freed."""
+        freed = 0
+        for name in names:
+            pointer = self.snapshot(commit) / name
+            blob = pointer.resolve()
+            pointer.unlink(missing_ok=True)
+            others = (other for other in self.folder.glob("snapshots/*/**/*") if other.is_symlink())
+            if blob.is_file() and blob.parent == self.folder.resolve() / "blobs":
+                if any(other.resolve() == blob for other in others):
+                    continue
+                freed += blob.stat().st_size
+                blob.unlink()
+        return freed
+
     @property
     def _folder_name(self) -> str:
         return "--".join(["models", *self.repository.split("/")])

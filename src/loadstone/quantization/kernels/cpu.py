@@ -83,7 +83,7 @@ class CpuKernels:
     def _quantize(self, kind: str, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
         addresses = (weight.data_ptr(), numbers.data_ptr(), scales.data_ptr())
         rows, columns = weight.shape
-        words = QuantizerWords(*addresses, rows, columns, torch.get_num_threads())
+        words = QuantizerWords(*addresses, rows, columns, 1)  # its callers are many threads already
         self._functions[f"quantize_{kind}_{NAMES[weight.dtype]}"](_array(words))
 
     def attention(self, head_size: int, cache_dtype: torch.dtype) -> AttentionKernel | None:

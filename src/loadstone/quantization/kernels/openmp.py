@@ -30,6 +30,16 @@ def end_workers() -> None:
         pause(SOFT)
 
 
+def compute_alone() -> None:
+    """Let the calling thread, one of several that share the cores, do its arithmetic without helpers."""
+    import torch
+
+    torch.get_num_threads()  # torch sets the number once in each thread, when first asked; ours is to stay
+    library = _library()
+    if library is not None:
+        library.omp_set_num_threads(1)
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     import torch

@@ -1,0 +1,141 @@
+"""A decoder's parts in the store: found there, or packed into it, and put together again from what it has.
+
+Knows which parts a strategy makes and how they are restored; `loadstone.store` knows entries, files and locks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+from loadstone import __version__
+from loadstone.checkpoint import open_weights
+from loadstone.checkpoint.spec import ModelSpec
+from loadstone.planner import Plan
+from loadstone.quantization import find_strategy
+from loadstone.store import Attached, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
+from loadstone.telemetry import emit
+
+from .decoder import Decoder
+from .pack import pack, warn_of_numbers
+from .recipe import VECTOR, Kept, Part, assemble, parts_of
+
+TENSORS_A_PART = 8  # more than any form of a weight has
+SLACK_A_PART = 4096  # bytes: what aligning its tensors may add
+
+Result = TypeVar("Result")
+
+
+class Keeping:
+    """One decoder's way into the store and out of it."""
+
+    def __init__(self, plan: Plan, spec: ModelSpec, store: Store) -> None:
+        self.plan, self.spec, self.store = plan, spec, store
+        self.device = torch.device(plan.device.torch_name)
+        self.strategy = find_strategy(plan.strategy)
+        self.parts = parts_of(spec)
+        self.kind = kind_of(plan, spec)
+
+    def decoder(self) -> Decoder:
+        """Return the decoder; raise StoreUnavailableError when what is not there yet cannot be kept."""
+        if (decoder := self._restored(self.store.find(self.kind, self.spec))) is not None:
+            return decoder
+        with self.store.making(self.kind, about=f"another process that loads {self.spec.name}"):
+            for find in (self.store.find, self.store.find_by_content):
+                if (decoder := self._restored(find(self.kind, self.spec))) is not None:
+                    return decoder
+            decoder = self._restored(self._make(), event="store.made")
+        if decoder is None:
+            raise StoreUnavailableError("what was written cannot be read back")
+        return decoder
+
+    def _make(self) -> Entry:
+        """Pack the checkpoint's weights into a new entry."""
+        numbers = {part.name: number for number, part in enumerate(self.parts)}
+        about: dict[str, dict[str, object]] = {}
+        look = Look.at(self.spec)
+        planned = sum(self.plan.weight_bytes.values()) + SLACK_A_PART * len(self.parts)
+        draft = self.store.draft(self.kind, most_tensors=TENSORS_A_PART * len(self.parts), nbytes=planned)
+
+        def take(part: Part, made: Kept, is_finite: bool) -> None:
+            named, facts = _taken_apart(part, made)
+            about[part.name] = {"tensors": [*named], "facts": facts, "is_finite": is_finite}
+            _writing(lambda: draft.put(numbers[part.name], named))
+
+        with draft, open_weights(self.spec) as weights:
+            digests = pack(self.plan, self.spec, self.parts, weights, take)
+            manifest = self._manifest(digests, about)
+            entry = _writing(lambda: draft.publish(self.store.place_of(manifest.key), manifest))
+        self.store.remember(self.spec, look, digests)
+        self.store.keep_within_limit(entry)
+        return entry
+
+    def _manifest(self, digests: Mapping[str, str], about: Mapping[str, Mapping[str, object]]) -> Manifest:
+        spec = self.spec
+        return Manifest(
+            key=self.kind.key(digests), kind=self.kind.id, name=spec.name, origin=spec.origin, revision=spec.revision,
+            strategy=self.plan.strategy, layout=str(self.kind.facts["layout"]), made=time.time(),
+            source_bytes=sum(tensor.nbytes for tensor in spec.tensors.values()), weights_bytes=0,
+            source=dict(digests), tensors={}, parts=dict(about), boot=boot_id(),
+            versions={"loadstone": __version__, "torch": torch.__version__},
+        )  # fmt: skip
+
+    def _restored(self, entry: Entry | None, *, event: str = "store.hit") -> Decoder | None:
+        """Return the decoder whose parts an entry has; None when there is no entry, or a damaged one."""
+        attached = None if entry is None else self.store.attach(entry)
+        if attached is None:
+            return None
+        manifest, on_device = attached.entry.manifest, self._on_device(attached)
+        kept = {part.name: self._restored_part(part, manifest, on_device) for part in self.parts}
+        decoder = assemble(self.plan, self.spec, kept)
+        decoder.attached = attached
+        emit(event, key=manifest.key, model=self.spec.name, origin=manifest.origin, folder=str(attached.entry.folder))
+        return decoder
+
+    def _on_device(self, attached: Attached) -> Mapping[str, torch.Tensor]:
+        if self.device.type == "cpu":
+            attached.bring_in()
+            return attached.tensors
+        return attached.entry.load(self.device)
+
+    def _restored_part(self, part: Part, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Kept:
+        about = manifest.parts[part.name]
+        if not about["is_finite"]:
+            warn_of_numbers(part)
+        if part.kind == VECTOR:
+            return tensors[part.name]
+        own = {name.removeprefix(f"{part.name}:"): tensors[name] for name in about["tensors"]}
+        return self.strategy.restore(part.kind, own, about["facts"], getattr(torch, self.plan.settings.compute_dtype))
+
+
+def kind_of(plan: Plan, spec: ModelSpec) -> Kind:
+    """Return what an entry for this plan is, apart from the content of the weights.
+
+    Names are not in it, nor which file a tensor is in; how rows are ordered in a format is.
+    """
+    order = (spec.format, spec.architecture.name, spec.heads, spec.kv_heads, spec.head_size)
+    return Kind({
+        "parts": [[part.name, part.kind, *part.tensors] for part in parts_of(spec)],
+        "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in spec.tensors.items()},
+        "order": list(order),
+        "strategy": plan.strategy,
+        "layout": find_strategy(plan.strategy).layout(plan.device.kind),
+        "dtype": plan.settings.compute_dtype,
+    })  # fmt: skip
+
+
+def _taken_apart(part: Part, made: Kept) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Return the tensors of a part under the names that they have in the store, and its facts."""
+    if isinstance(made, torch.Tensor):
+        return {part.name: made}, {}
+    return {f"{part.name}:{name}": tensor for name, tensor in made.tensors().items()}, dict(made.facts)
+
+
+def _writing(action: Callable[[], Result]) -> Result:
+    try:
+        return action()
+    except OSError as error:
+        raise StoreUnavailableError(f"the store cannot be written: {error}") from error

@@ -1,0 +1,117 @@
+"""An entry mapped into this process: tensors that are views of the file, shared with every process that has it.
+
+Nothing is copied and nothing is read to attach one. Pages come when they are first touched, or ahead of that by
+`bring_in`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from loadstone.checkpoint.spec import TensorInfo
+
+from .entry import MANIFEST, STRETCH, TORCH_TYPES, DamagedError, Entry, Manifest
+from .locks import open_in_use
+
+if TYPE_CHECKING:
+    import torch
+
+POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python has no name for it
+THREADS = 4  # that fetch pages: as many reads as keep a disk busy
+
+
+class Attached:
+    """The tensors of an entry, by name; until `close` the entry is in use, and nobody removes it."""
+
+    def __init__(self, entry: Entry) -> None:
+        """Map `entry`; raise DamagedError when it is not what it says, OSError when it is gone."""
+        self.entry = entry
+        self._held = open_in_use(entry.folder / MANIFEST)
+        self._let_go = weakref.finalize(self, self._held.close)
+        if Manifest.read(self._held) != entry.manifest:
+            raise DamagedError("its manifest changed while it was looked at")
+        header = entry.header()
+        with entry.weights.open("rb") as stream:
+            # Private: a write by mistake changes a copy of a page, not the file.
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.tensors: dict[str, torch.Tensor] = {name: _view(mapping, tensor) for name, tensor in header.items()}
+        self._fetching = _Fetching(mapping)
+
+    def bring_in(self) -> None:
+        """Start to bring all pages into memory, from the disk where they are not there yet; return at once."""
+        self._fetching.start()
+
+    def close(self) -> None:
+        """Let go of the entry; views that were handed out stay valid, and keep its file mapped."""
+        self.tensors = {}
+        self._fetching.stop()
+        self._let_go()
+
+
+def _view(mapping: mmap.mmap, tensor: TensorInfo) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, TORCH_TYPES[tensor.dtype])
+    if tensor.elements == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.frombuffer(mapping, dtype=dtype, count=tensor.elements, offset=tensor.offset).view(tensor.shape)
+
+
+class _Fetching:
+    """Threads that have the system map a file's pages, front to back, with many reads in the disk's queue.
+
+    Pages that are only touched come with a little read ahead, a third as fast as the disk can. No thread keeps the
+    mapping from one stretch to the next: when nobody uses it any more it goes, and they end.
+    """
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._mapping = weakref.ref(mapping)
+        self._starts = iter(range(0, len(mapping), STRETCH))
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads; they end by themselves."""
+        self._threads = [
+            threading.Thread(target=self._run, name="loadstone-fetch", daemon=True) for _ in range(THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads, within a stretch."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            with self._lock:
+                start = next(self._starts, None)
+            mapping = self._mapping()
+            if start is None or mapping is None:
+                return
+            if not _populate(mapping, start, min(STRETCH, len(mapping) - start)):
+                return
+            del mapping
+
+
+def _populate(mapping: mmap.mmap, start: int, length: int) -> bool:
+    """Map pages that are in memory, and read the others; return False where that cannot be done."""
+    import torch
+
+    if sys.platform == "linux":
+        whole = torch.frombuffer(mapping, dtype=torch.uint8)  # its address; the GIL is free during the call
+        place, size = ctypes.c_void_p(whole.data_ptr() + start), ctypes.c_size_t(length)
+        if ctypes.CDLL(None).madvise(place, size, POPULATE_READ) == 0:
+            return True
+    if hasattr(mmap, "MADV_WILLNEED"):
+        mapping.madvise(mmap.MADV_WILLNEED, start, length)
+        return True
+    return False
