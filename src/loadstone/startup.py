@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -69,15 +68,22 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _library_loader() -> Callable[[], object]:
+def _library_loader() -> Callable[[], None]:
     """Return a function that has the system load torch's library; other threads go on meanwhile.
 
-    What cannot be loaded is left to the import, which says why.
+    It opens what the import opens, in the same order and way. What cannot be opened is left to the import, which says
+    why.
     """
     found = find_spec("torch")
     dlopen = getattr(ctypes.CDLL(None), "dlopen", None) if sys.platform == "linux" else None
     if found is None or found.origin is None or dlopen is None:
         return lambda: None
     dlopen.restype = ctypes.c_void_p
-    library = os.fsencode(Path(found.origin).parent / "lib" / "libtorch.so")
-    return partial(dlopen, library, ctypes.c_int(os.RTLD_NOW))
+    folder = os.fsencode(Path(found.origin).parent / "lib")
+    needed, library = folder + b"/libtorch_global_deps.so", folder + b"/libtorch.so"
+
+    def load() -> None:
+        if dlopen(needed, ctypes.c_int(os.RTLD_NOW | os.RTLD_GLOBAL)):
+            dlopen(library, ctypes.c_int(os.RTLD_NOW))
+
+    return load
