@@ -102,12 +102,17 @@ def test_the_configuration_example_is_the_configuration_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_command_and_option_of_the_readme_exists(name: str) -> None:
+    from click import Group
+
     from loadstone.cli.app import loadstone as program
 
     lines = [line for block in blocks(name, "sh") for line in block.code.splitlines() if line.startswith("loadstone ")]
     assert {line.split()[1] for line in lines} == set(program.commands)
     for line in lines:
-        command = program.commands[line.split()[1]]
+        _, name, *words = line.split()
+        command = program.commands[name]
+        if isinstance(command, Group):
+            command = command.commands[words[0]]
         known = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"(?<= )--[a-z-]+", line)) <= known
 

@@ -1,4 +1,4 @@
-"""Claims about sizes in words and in bytes."""
+"""Claims about sizes and ages in words and in numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadstone.units import UNITS, format_size, parse_size
+from loadstone.units import UNITS, format_age, format_size, parse_age, parse_size
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,37 @@ def test_a_larger_size_is_never_shown_as_a_smaller_one(one: int, other: int) -> 
 )
 def test_sizes_are_shown_with_three_digits(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30d", 30 * 86_400), ("12h", 43_200), ("2w", 14 * 86_400), ("45min", 2700), ("90s", 90), (" 1.5 D ", 129_600)],
+)
+def test_ages_are_read_as_seconds(text: str, seconds: float) -> None:
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("6m", "'m' is not a unit of age"),  # minutes to one, months to another
+        ("30", "write one like 30d"),
+        ("", "write one like 30d"),
+        ("-3d", "write one like 30d"),
+        ("0d", "above zero"),
+    ],
+)
+def test_ages_that_cannot_be_meant_are_refused_with_the_reason(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse_age(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "just now"), (59, "just now"), (60, "1 minute ago"), (7199, "1 hour ago"), (3 * 86_400, "3 days ago"),
+        (29 * 86_400, "29 days ago"), (65 * 86_400, "2 months ago"), (800 * 86_400, "2 years ago"),
+    ],
+)  # fmt: skip
+def test_ages_are_told_in_words(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text

@@ -1,4 +1,4 @@
-"""A model that is ready: it answers, and tells what it is.
+"""A model that is ready: it answers, and tells what it is. And one that is only prepared to be loaded.
 
 Knows which sampling is in force for a call (checkpoint, configuration, call) and hands the rest to the engine.
 """
@@ -14,6 +14,7 @@ from .checkpoint.tokenizer import Tokenizer
 from .config import GenerationConfig, Sampling, resolve_generation, tell_generation
 from .errors import ConfigurationError
 from .planner import Plan
+from .store import Entry
 
 if TYPE_CHECKING:  # both bring torch
     from .engine import Engine, GenerationResult, Stream
@@ -113,3 +114,20 @@ class LoadedModel:
             "template": template.origin if template is not None else None,
             "sampling": tell_generation(*self.sampling()),
         }
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that is ready to be loaded in no time: its files are here, and its quantised weights are in the store.
+
+    `entry` is where they are in the store, and `was_made` says whether they were put there just now. Without one,
+    `not_kept` says why. `file_bytes` are what its weights' files take, `phases` the seconds of each step.
+    """
+
+    spec: ModelSpec
+    plan: Plan
+    file_bytes: int
+    entry: Entry | None
+    was_made: bool
+    not_kept: str | None
+    phases: Mapping[str, float]

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import inspect, load_chat_template, load_tokenizer, prepare_tokenizers
 from .checkpoint.spec import ModelSpec
+from .checkpoint.template import ChatTemplate
 from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
 from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
-from .loaded import LoadedModel
-from .memory import forget_frames, give_back, trim
+from .loaded import LoadedModel, PreparedModel
+from .memory import forget_frames, give_back
 from .planner import Plan, plan
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
 from .startup import importing_torch
-from .store import open_store
+from .store import Entry, open_store
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
 
@@ -68,31 +69,61 @@ class ModelManager:
                     self._model = self._load()
             return self._model.tokenizer, self._model
 
+    def prepare_model(self) -> PreparedModel:
+        """Download the configured model if needed and see that the store has its quantised weights; load nothing.
+
+        Where the strategy has no form to keep, or the store is switched off, the files are all. Raises what
+        `load_base_model` raises, and ModelLoadError where the weights cannot be kept.
+        """
+        with self._life, handle_exceptions("prepare the model"), self._nothing_left_on_failure():
+            phases: dict[str, float] = {}
+            files, spec, _, _, decision = self._decide(phases)
+            with self._phase("keep", phases):
+                entry, was_made, not_kept = self._keep(decision, spec)
+            give_back()  # what quantising left behind in the allocator
+            return PreparedModel(spec, decision, _bytes_of(files), entry, was_made, not_kept, phases)
+
     def _load(self) -> LoadedModel:
         phases: dict[str, float] = {}
-        self._check_wish()
-        with self._phase("resolve", phases) as found:
-            files = self._resolve()
-            found["bytes"] = sum(file.stat().st_size for file in files.weights)
-        prepare_tokenizers()
-        with self._phase("inspect", phases), importing_torch() as torch_is_there:
-            spec = inspect(files)
-            tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
-            torch_is_there()
+        _, spec, tokenizer, template, decision = self._decide(phases)
         from .engine import Engine
         from .model import build
 
-        with self._phase("plan", phases):
-            decision = self.plan(spec)
         with self._phase("build", phases) as made:
             decoder = build(decision, spec, open_store(self.config.config.store))
             made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
             engine = Engine(decoder, tokenizer, template, decision)
-            trim()  # what quantising left behind
         layers = self.config.generation_layers(spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
         return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)
+
+    def _decide(
+        self, phases: dict[str, float]
+    ) -> tuple[ModelFiles, ModelSpec, Tokenizer, ChatTemplate | None, Plan]:  # fmt: skip
+        """Take the steps of a load that come before any weight is read."""
+        self._check_wish()
+        with self._phase("resolve", phases) as found:
+            files = self._resolve()
+            found["bytes"] = _bytes_of(files)
+        prepare_tokenizers()
+        with self._phase("inspect", phases), importing_torch() as torch_is_there:
+            spec = inspect(files)
+            tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
+            torch_is_there()
+        with self._phase("plan", phases):
+            return files, spec, tokenizer, template, self.plan(spec)
+
+    def _keep(self, decision: Plan, spec: ModelSpec) -> tuple[Entry | None, bool, str | None]:
+        """Return the store's entry for a plan and whether it was made now, or why there is none."""
+        from .model import can_be_kept, keep
+
+        store = open_store(self.config.config.store)
+        if not can_be_kept(decision):
+            return None, False, f"{decision.strategy} has no quantised form to keep"
+        if store is None:
+            return None, False, f"the store is switched off ({self.config.origin('store.enabled')})"
+        return *keep(decision, spec, store), None
 
     def _resolve(self) -> ModelFiles:
         wish = self.config.config.model
@@ -260,6 +291,10 @@ class ModelManager:
 
     def __exit__(self, *_: object) -> None:
         self.unload_model(cancel=True)
+
+
+def _bytes_of(files: ModelFiles) -> int:
+    return sum(file.stat().st_size for file in files.weights)
 
 
 _one: list[ModelManager] = []

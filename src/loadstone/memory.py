@@ -9,13 +9,8 @@ import traceback
 
 
 def give_back() -> None:
-    """Collect garbage, and make the allocators return what they keep."""
+    """Collect garbage, and make the allocators return what they keep: CUDA's, MPS's and the C library's."""
     gc.collect()
-    trim()
-
-
-def trim() -> None:
-    """Make the allocators return what they keep: CUDA's, MPS's and the C library's."""
     torch = sys.modules.get("torch")
     if torch is not None:
         if torch.cuda.is_initialized():

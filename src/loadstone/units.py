@@ -1,4 +1,4 @@
-"""Sizes in words and in bytes: "20GB" ⇄ 20_000_000_000.
+"""Sizes and ages in words and in numbers: "20GB" ⇄ 20_000_000_000 bytes, "30d" → 2_592_000 seconds.
 
 GB is 10⁹ bytes and GiB is 2³⁰, as IEC 80000-13 has it; case and a space between number and unit do not matter.
 """
@@ -13,7 +13,10 @@ UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+)\s*")
+# No "m": whoever means months by it would lose what is six minutes old.
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_NAMED_AGES = (("year", 365 * 86_400), ("month", 30 * 86_400), ("day", 86_400), ("hour", 3600), ("minute", 60))
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+)\s*")
 
 
 def parse_size(text: str | int) -> int:
@@ -30,7 +33,7 @@ def parse_size(text: str | int) -> int:
         return text
     if text.strip().startswith("-"):
         raise ValueError(f"{text!r}: a size must be above zero")
-    match = _SIZE.fullmatch(text)
+    match = _NUMBER_AND_UNIT.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write one like 20GB or 16GiB")
     number, unit = match.groups()
@@ -53,3 +56,30 @@ def format_size(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
+
+
+def parse_age(text: str) -> float:
+    """Return the number of seconds that `text` names: 30d, 12h, 2w, 45min or 90s.
+
+    Raises ValueError, saying what is wrong, for an unknown unit, no unit, or an age that is not above zero.
+    """
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not an age; write one like 30d, 12h or 2w")
+    number, unit = match.groups()
+    factor = SECONDS.get(unit.lower())
+    if factor is None:
+        raise ValueError(f"{text!r}: {unit!r} is not a unit of age; known are {', '.join(SECONDS)}")
+    seconds = float(number) * factor
+    if seconds <= 0:
+        raise ValueError(f"{text!r}: an age must be above zero")
+    return seconds
+
+
+def format_age(seconds: float) -> str:
+    """Return how long ago something was, for a person: 259_200 is "3 days ago"."""
+    for name, length in _NAMED_AGES:
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"

@@ -85,3 +85,10 @@ def start() -> Iterator[Start]:
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None and not stream.closed:
                 stream.close()
+
+
+@pytest.fixture
+def store_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of the test's own, not made yet."""
+    monkeypatch.setenv("LOADSTONE_STORE__FOLDER", str(tmp_path / "store"))
+    return tmp_path / "store"

@@ -144,3 +144,37 @@ def test_a_device_that_was_passed_over_is_told_why():
     best = Device("cuda", 0, "big", 2, 2, passed_over=("mps: no such thing", "cpu: slower"))
     assert diagnosis._device_facts(Device("cpu", None, "small", 1, 1), best)["passed_over"] == "slower"
     assert diagnosis._device_facts(best, best)["passed_over"] == ""
+
+
+def test_the_store_is_told_with_its_size_and_limit(cli, store_folder, small_model, monkeypatch):
+    """Folder, writable or not, entries, bytes and limit; looking makes nothing."""
+    monkeypatch.setenv("LOADSTONE_STORE__MAX_SIZE", "5GB")
+    facts = found_by(diagnosis._store).facts["store"]
+    assert (facts["entries"], facts["total_bytes"], facts["writable"]) == (0, 0, True)
+    assert not store_folder.exists()
+    cli("pull", str(small_model))
+    found = found_by(diagnosis._store)
+    assert found.facts["store"]["entries"] == 1
+    assert found.facts["store"]["total_bytes"] > 0
+    assert found.facts["store"]["max_size_bytes"] == 5 * 10**9
+    assert found.checks[0].ok
+    assert f"of at most 5 GB at {store_folder}" in found.checks[0].found
+
+
+def test_a_store_that_cannot_be_written_is_a_note_with_a_remedy(monkeypatch, here):
+    """Models can be loaded all the same."""
+    (here / "file").write_text("mine")
+    monkeypatch.setenv("LOADSTONE_STORE__FOLDER", str(here / "file" / "store"))
+    found = found_by(diagnosis._store)
+    assert found.is_usable
+    assert "cannot be written" in found.problems[0].found
+    assert "LOADSTONE_STORE__FOLDER" in found.problems[0].remedy
+    assert found.facts["store"]["writable"] is False
+
+
+def test_a_store_that_is_switched_off_is_a_choice(monkeypatch):
+    """And no problem."""
+    monkeypatch.setenv("LOADSTONE_STORE__ENABLED", "false")
+    found = found_by(diagnosis._store)
+    assert found.problems == []
+    assert "LOADSTONE_STORE__ENABLED" in found.checks[0].found

@@ -19,11 +19,13 @@ from loadstone import __version__
 from loadstone.errors import LoadstoneError, ResourceError
 
 from . import logs
+from .cache import cache
 from .chat import chat
 from .doctor import doctor
 from .info import info
 from .options import Session, verbose_option
 from .output import prepare_streams, say, say_error, say_failure
+from .pull import pull
 from .run import run
 
 WRONG_USE = 2
@@ -47,7 +49,7 @@ def loadstone(context: click.Context) -> None:
         context.exit(WRONG_USE)
 
 
-for _command in (run, chat, info, doctor):
+for _command in (run, chat, info, pull, cache, doctor):
     loadstone.add_command(_command)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -17,11 +15,11 @@ from typing import Any
 
 from loadstone.errors import LoadstoneError
 from loadstone.hardware import Check, Device, get_device_manager, memory_limits
-from loadstone.telemetry import Event, subscribe
 from loadstone.units import format_size
 
-from .folders import check_folder
+from .folders import check_folder, check_store
 from .interrupts import HeldInterrupts
+from .listening import heard
 
 NEEDED = (
     "torch", "bitsandbytes", "llvmlite", "safetensors", "tokenizers", "gguf", "huggingface_hub", "jinja2", "numpy",
@@ -54,7 +52,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at everything; takes as long as importing torch and bitsandbytes does."""
     found = Diagnosis()
-    for look in (_versions, _devices, _kernels, _memory, _disk, _network, _configuration, _bundled):
+    for look in (_versions, _devices, _kernels, _memory, _disk, _network, _configuration, _store, _bundled):
         look(found)
     return found
 
@@ -148,13 +146,13 @@ def _kernels(found: Diagnosis) -> None:
 
 def _kernel_problem() -> str | None:
     """Return why the processor's kernels cannot be used here; None when they were made and found right."""
-    with _heard("kernels.warning") as heard:
+    with heard("kernels.warning") as events:
         try:
             from loadstone.quantization.kernels.cpu import cpu_kernels, why_not
 
             if cpu_kernels() is not None:
                 return None
-            reasons = [str(event.fields["reason"]) for event in heard]
+            reasons = [str(event.fields["reason"]) for event in events]
             return why_not() or next(iter(reasons), "they could not be compiled")
         except Exception as error:  # noqa: BLE001 - a broken torch is a finding like any other
             return _first_line(error)
@@ -220,6 +218,20 @@ def _configuration(found: Diagnosis) -> None:
         found.checks.append(Check("offline", True, f"{where} says so: only models on this machine"))
 
 
+def _store(found: Diagnosis) -> None:
+    from loadstone.config import ConfigManager
+    from loadstone.store import open_store
+
+    try:
+        manager = ConfigManager()
+    except LoadstoneError:  # told already
+        found.facts["store"] = None
+        return
+    store = open_store(manager.config.store)
+    check, found.facts["store"] = check_store(store, manager.origin("store.enabled"))
+    found.checks.append(check)
+
+
 def _bundled(found: Diagnosis) -> None:
     from loadstone.sources import resolve
 
@@ -232,22 +244,6 @@ def _bundled(found: Diagnosis) -> None:
         return
     found.facts["bundled_model"] = str(files.weights[0])
     found.checks.append(Check("bundled model", True, "smollm2 is installed"))
-
-
-@contextmanager
-def _heard(name: str) -> Iterator[list[Event]]:
-    """Collect the events called `name` while the block runs."""
-    heard: list[Event] = []
-
-    def hear(event: Event) -> None:
-        if event.name == name:
-            heard.append(event)
-
-    unsubscribe: Callable[[], None] = subscribe(hear)
-    try:
-        yield heard
-    finally:
-        unsubscribe()
 
 
 def _version(name: str) -> str | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loadstone.hardware import Check
 from loadstone.units import format_size
+
+if TYPE_CHECKING:
+    from loadstone.store import Store
 
 
 def check_folder(name: str, folder: Path, knob: str, wanted: int, facts: list[dict[str, Any]]) -> Check:
@@ -31,6 +34,29 @@ def check_folder(name: str, folder: Path, knob: str, wanted: int, facts: list[di
         remedy = f"The default model's download takes 15.2 GB: free some space, or set {knob} to another disk."
         return Check(name, False, text, remedy, required=False)
     return Check(name, True, text)
+
+
+def check_store(store: Store | None, switch: str) -> tuple[Check, dict[str, Any]]:
+    """Judge the store of quantised weights, which the setting at `switch` may switch off; return its facts too."""
+    if store is None:
+        return Check("store", True, f"switched off by {switch}: every load quantises again"), {"enabled": False}
+    sizes = [entry.nbytes for entry in store.entries()]
+    facts: dict[str, Any] = {
+        "enabled": True, "folder": str(store.folder), "writable": False, "entries": len(sizes),
+        "total_bytes": sum(sizes), "max_size_bytes": store.max_size,
+    }  # fmt: skip
+    limit = f" of at most {format_size(store.max_size)}" if store.max_size else ""
+    entries = f"{len(sizes)} {'entry' if len(sizes) == 1 else 'entries'}"
+    text = f"{entries}, {format_size(sum(sizes))}{limit} at {store.folder}"
+    try:
+        for folder in (store.folder / "locks", store.folder / "drafts", store.folder / "entries"):
+            try_folder(folder)
+    except OSError as error:
+        remedy = "Set store.folder (LOADSTONE_STORE__FOLDER) to a folder that can be written: without one, every load "
+        remedy += "quantises again, apart from what is there already."
+        return Check("store", False, f"{text}; it cannot be written: {error}", remedy, required=False), facts
+    facts["writable"] = True
+    return Check("store", True, text), facts
 
 
 def try_folder(folder: Path) -> None:

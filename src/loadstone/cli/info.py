@@ -11,6 +11,7 @@ import click
 from loadstone.errors import ResourceError
 from loadstone.units import format_size
 
+from .entries import SHORT
 from .interrupts import HeldInterrupts
 from .options import configuration, generation_options, load_options, verbose_option
 from .output import Row, heading, rows, write_json
@@ -70,6 +71,7 @@ def _look(wish: ConfigManager) -> dict[str, Any]:
         "template": template.origin if template is not None else None,
         "sampling": _sampling(wish, spec),
         "plan": plan and _plan_facts(plan),
+        "store": plan and _store_facts(wish, spec, plan),
         "refusal": refusal,
     }
 
@@ -136,6 +138,20 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _store_facts(wish: ConfigManager, spec: ModelSpec, plan: Plan) -> dict[str, Any]:
+    """Return whether a load would keep the quantised weights, and the entry that has them already."""
+    from loadstone.model import can_be_kept
+    from loadstone.model.keeping import kind_of
+    from loadstone.store import open_store
+
+    store = open_store(wish.config.store)
+    if store is None or not can_be_kept(plan):
+        return {"keeps": False, "entry": None}
+    entry = store.find(kind_of(plan, spec), spec)
+    about = entry and {"key": entry.manifest.key, "bytes": entry.nbytes, "folder": str(entry.folder)}
+    return {"keeps": True, "entry": about}
+
+
 # -- for people -------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +182,7 @@ def _show(about: Mapping[str, Any]) -> None:
         rows(out, [("because", about["refusal"]["message"]), ("instead", about["refusal"]["hint"] or "")])
     else:
         heading(out, "plan")
-        rows(out, _plan_rows(about["plan"]))
+        rows(out, [*_plan_rows(about["plan"]), ("load", _load(about["store"]))])
 
 
 def _plan_rows(plan: Mapping[str, Any]) -> list[Row]:
@@ -186,6 +202,12 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[Row]:
         ),
         *(("" if index else "because", reason) for index, reason in enumerate(plan["reasons"])),
     ]
+
+
+def _load(store: Mapping[str, Any]) -> str:
+    if store["entry"] is not None:
+        return f"from the store, which has {format_size(store['entry']['bytes'])} ({store['entry']['key'][:SHORT]})"
+    return "from the files" + (", once: the quantised weights are kept then" if store["keeps"] else "")
 
 
 def count(number: int) -> str:

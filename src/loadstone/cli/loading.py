@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING
 from loadstone.units import format_size
 
 from .interrupts import HeldInterrupts
+from .listening import heard
 from .output import Row
 from .progress import shown_progress
 
 if TYPE_CHECKING:
     from loadstone.config import ConfigManager
     from loadstone.loaded import LoadedModel
+    from loadstone.telemetry import Event
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A loaded model, the seconds that its load took, and what it takes in bytes."""
+    """A loaded model, the seconds that its load took, and what it takes in bytes.
+
+    `weights_from` says where its weights came from, for people; it is empty where they are as they are in the files.
+    """
 
     model: LoadedModel
     load_s: float
     weights_bytes: int
     kv_bytes: int
+    weights_from: str = ""
 
 
 @contextmanager
@@ -38,11 +44,25 @@ def loaded(configuration: ConfigManager) -> Iterator[Ready]:
 
     with ModelManager(configuration) as manager:
         started = time.perf_counter()
-        with shown_progress("Looking at the model"):
+        with heard("store.hit", "store.made", "store.warning") as events, shown_progress("Looking at the model"):
             _, model = manager.load_base_model()
         load_s = time.perf_counter() - started
         weights = sum(model.decoder.weight_bytes().values())
-        yield Ready(model, load_s, weights, model.engine.cache_bytes)
+        yield Ready(model, load_s, weights, model.engine.cache_bytes, _weights_from(model, events))
+
+
+def _weights_from(model: LoadedModel, events: Sequence[Event]) -> str:
+    from loadstone.model import can_be_kept
+
+    names = {event.name for event in events}
+    if "store.hit" in names:
+        return "from the store"
+    if "store.made" in names:
+        return "quantised and kept"
+    if not can_be_kept(model.plan):
+        return ""
+    causes = [event.fields["cause"] for event in events if "cause" in event.fields]
+    return f"quantised, not kept: {causes[-1] if causes else 'the store is switched off'}"
 
 
 def facts(ready: Ready) -> list[Row]:
@@ -58,5 +78,5 @@ def facts(ready: Ready) -> list[Row]:
             f"weights {format_size(ready.weights_bytes)}, KV cache {format_size(ready.kv_bytes)} "
             f"for {plan.context} tokens",
         ),
-        ("load", f"{ready.load_s:.2f} s"),
+        ("load", f"{ready.load_s:.2f} s" + (f", {ready.weights_from}" if ready.weights_from else "")),
     ]

@@ -42,7 +42,7 @@ verbose_option = click.option(
     help="Show the log, and the traceback of an error. LOADSTONE_LOG=debug shows more, =json writes JSON lines.",
 )  # fmt: skip
 
-_config = click.option("--config", "config_file", metavar="FILE", help="The configuration file to read.")
+config_option = click.option("--config", "config_file", metavar="FILE", help="The configuration file to read.")
 _load_options = (
     click.option("--quantization", metavar="STRATEGY", help="How weights are kept: none, 8bit, 4bit or auto."),
     click.option("--device", metavar="DEVICE", help="Where to load it: auto, cpu, cuda, cuda:1 or mps."),
@@ -50,7 +50,7 @@ _load_options = (
     click.option("--context", metavar="TOKENS", help="The longest conversation, like 4096 or 32k."),
     click.option("--force", is_flag=True, help="Load even where the arithmetic says that it does not fit."),
     click.option("--offline", is_flag=True, help="Use only what is on this machine."),
-    _config,
+    config_option,
 )
 _generation_options = (
     click.option("--max-new-tokens", type=int, metavar="N", help="The most tokens that an answer may have."),

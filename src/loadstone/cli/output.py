@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import click
@@ -110,6 +110,16 @@ def rows(stream: TextIO, pairs: Iterable[Row]) -> None:
         label = _styled(name, stream, dim=True) + " " * (indent - len(name))
         text = ("\n" + " " * indent).join(map(_harmless, lines))
         stream.write((label + text).rstrip() + "\n")
+    stream.flush()
+
+
+def table(stream: TextIO, titles: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """Write columns below their titles, each as wide as its widest value."""
+    listed = [[_harmless(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(titles, *listed, strict=True)]
+    for number, line in enumerate([titles, *listed]):
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        stream.write(_styled(text, stream, dim=True) + "\n" if number == 0 else text + "\n")
     stream.flush()
 
 

@@ -44,3 +44,6 @@ def _follow(event: Event, bars: Bars) -> None:
         bars.update(f"Fetching {event.fields['file']}", event.fields["done"], event.fields["total"])
     elif event.name == "load.progress":
         bars.update("Loading", event.fields["done"], event.fields["total"])
+    elif event.name == "store.progress":
+        what = f"Checking {event.fields['model']} in {event.fields['strategy']}"
+        bars.update(what, event.fields["done"], event.fields["total"])

@@ -14,6 +14,7 @@ import torch
 from loadstone import __version__
 from loadstone.checkpoint import open_weights
 from loadstone.checkpoint.spec import ModelSpec
+from loadstone.memory import give_back
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
 from loadstone.store import Attached, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
@@ -41,16 +42,45 @@ class Keeping:
 
     def decoder(self) -> Decoder:
         """Return the decoder; raise StoreUnavailableError when what is not there yet cannot be kept."""
-        if (decoder := self._restored(self.store.find(self.kind, self.spec))) is not None:
-            return decoder
+        attached, was_made = self._attached()
+        manifest, on_device = attached.entry.manifest, self._on_device(attached)
+        kept = {part.name: self._restored_part(part, manifest, on_device) for part in self.parts}
+        decoder = assemble(self.plan, self.spec, kept)
+        decoder.attached = attached
+        self._tell(attached.entry, was_made=was_made)
+        return decoder
+
+    def entry(self) -> tuple[Entry, bool]:
+        """Return the entry that a decoder would have its parts from, and whether it was made now; assemble none.
+
+        Raises StoreUnavailableError when what is not there yet cannot be kept.
+        """
+        attached, was_made = self._attached()
+        attached.close()
+        self._tell(attached.entry, was_made=was_made)
+        return attached.entry, was_made
+
+    def _attached(self) -> tuple[Attached, bool]:
+        """Return the entry, found or else made, and whether it was made."""
+        if (attached := self._attach(self.store.find(self.kind, self.spec))) is not None:
+            return attached, False
         with self.store.making(self.kind, about=f"another process that loads {self.spec.name}"):
             for find in (self.store.find, self.store.find_by_content):
-                if (decoder := self._restored(find(self.kind, self.spec))) is not None:
-                    return decoder
-            decoder = self._restored(self._make(), event="store.made")
-        if decoder is None:
+                if (attached := self._attach(find(self.kind, self.spec))) is not None:
+                    return attached, False
+            attached = self._attach(self._make())
+        if attached is None:
             raise StoreUnavailableError("what was written cannot be read back")
-        return decoder
+        return attached, True
+
+    def _attach(self, entry: Entry | None) -> Attached | None:
+        return None if entry is None else self.store.attach(entry)
+
+    def _tell(self, entry: Entry, *, was_made: bool) -> None:
+        emit(
+            "store.made" if was_made else "store.hit",
+            key=entry.manifest.key, model=self.spec.name, origin=entry.manifest.origin, folder=str(entry.folder),
+        )  # fmt: skip
 
     def _make(self) -> Entry:
         """Pack the checkpoint's weights into a new entry."""
@@ -71,6 +101,7 @@ class Keeping:
             entry = _writing(lambda: draft.publish(self.store.place_of(manifest.key), manifest))
         self.store.remember(self.spec, look, digests)
         self.store.keep_within_limit(entry)
+        give_back()  # what packing left behind in the allocator
         return entry
 
     def _manifest(self, digests: Mapping[str, str], about: Mapping[str, Mapping[str, object]]) -> Manifest:
@@ -83,21 +114,10 @@ class Keeping:
             versions={"loadstone": __version__, "torch": torch.__version__},
         )  # fmt: skip
 
-    def _restored(self, entry: Entry | None, *, event: str = "store.hit") -> Decoder | None:
-        """Return the decoder whose parts an entry has; None when there is no entry, or a damaged one."""
-        attached = None if entry is None else self.store.attach(entry)
-        if attached is None:
-            return None
-        manifest, on_device = attached.entry.manifest, self._on_device(attached)
-        kept = {part.name: self._restored_part(part, manifest, on_device) for part in self.parts}
-        decoder = assemble(self.plan, self.spec, kept)
-        decoder.attached = attached
-        emit(event, key=manifest.key, model=self.spec.name, origin=manifest.origin, folder=str(attached.entry.folder))
-        return decoder
-
     def _on_device(self, attached: Attached) -> Mapping[str, torch.Tensor]:
         if self.device.type == "cpu":
-            attached.bring_in()
+            rarely = () if self.spec.tied_embeddings else attached.entry.manifest.parts["embedding"]["tensors"]
+            attached.bring_in(rarely_used=rarely)  # a prompt of a hundred tokens looks up a hundred rows
             return attached.tensors
         return attached.entry.load(self.device)
 

@@ -12,7 +12,7 @@ An entry appears under `entries` by a rename, after all its bytes are on the dis
 """
 
 from .attached import Attached
-from .entry import DamagedError, Entry, Kind, Manifest
+from .entry import DamagedError, Entry, Kind, Manifest, size_of
 from .known import Look
 from .store import Store, StoreUnavailableError, boot_id, open_store
 
@@ -27,4 +27,5 @@ __all__ = [
     "StoreUnavailableError",
     "boot_id",
     "open_store",
+    "size_of",
 ]

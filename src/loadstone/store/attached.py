@@ -11,6 +11,8 @@ import mmap
 import sys
 import threading
 import weakref
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loadstone.checkpoint.spec import TensorInfo
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python has no name for it
+PAGE = mmap.ALLOCATIONGRANULARITY
 THREADS = 4  # that fetch pages: as many reads as keep a disk busy
 
 
@@ -40,11 +43,19 @@ class Attached:
             # Private: a write by mistake changes a copy of a page, not the file.
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         self.tensors: dict[str, torch.Tensor] = {name: _view(mapping, tensor) for name, tensor in header.items()}
+        self._places = {name: range(tensor.offset, tensor.offset + tensor.nbytes) for name, tensor in header.items()}
         self._fetching = _Fetching(mapping)
 
-    def bring_in(self) -> None:
-        """Start to bring all pages into memory, from the disk where they are not there yet; return at once."""
-        self._fetching.start()
+    def bring_in(self, *, rarely_used: Collection[str] = ()) -> None:
+        """Start to bring all pages into memory, from the disk where they are not there yet; return at once.
+
+        Tensors of which few rows are ever used come last, and only into the system's memory, not this process's.
+        """
+        places = sorted((name in rarely_used, place.start, place.stop) for name, place in self._places.items())
+        self._fetching.start([
+            _Stretch(start, min(start + STRETCH, stop), is_mapped=not is_rare)
+            for is_rare, first, stop in places for start in range(first, stop, STRETCH)
+        ])  # fmt: skip
 
     def close(self) -> None:
         """Let go of the entry; views that were handed out stay valid, and keep its file mapped."""
@@ -62,6 +73,15 @@ def _view(mapping: mmap.mmap, tensor: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(mapping, dtype=dtype, count=tensor.elements, offset=tensor.offset).view(tensor.shape)
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Bytes [start, stop) of a file, and whether their pages are to be mapped into the process."""
+
+    start: int
+    stop: int
+    is_mapped: bool
+
+
 class _Fetching:
     """Threads that have the system map a file's pages, front to back, with many reads in the disk's queue.
 
@@ -71,13 +91,14 @@ class _Fetching:
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._mapping = weakref.ref(mapping)
-        self._starts = iter(range(0, len(mapping), STRETCH))
+        self._stretches: Iterator[_Stretch] = iter(())
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        """Start the threads; they end by themselves."""
+    def start(self, stretches: Sequence[_Stretch]) -> None:
+        """Start the threads on these stretches of the file; they end by themselves."""
+        self._stretches = iter(_joined(stretches))
         self._threads = [
             threading.Thread(target=self._run, name="loadstone-fetch", daemon=True) for _ in range(THREADS)
         ]
@@ -93,25 +114,41 @@ class _Fetching:
     def _run(self) -> None:
         while not self._is_over.is_set():
             with self._lock:
-                start = next(self._starts, None)
+                stretch = next(self._stretches, None)
             mapping = self._mapping()
-            if start is None or mapping is None:
+            if stretch is None or mapping is None:
                 return
-            if not _populate(mapping, start, min(STRETCH, len(mapping) - start)):
-                return
+            _fetch(mapping, stretch)
             del mapping
 
 
-def _populate(mapping: mmap.mmap, start: int, length: int) -> bool:
-    """Map pages that are in memory, and read the others; return False where that cannot be done."""
+def _joined(stretches: Sequence[_Stretch]) -> list[_Stretch]:
+    """Join neighbours up to a whole stretch: most tensors are small."""
+    joined: list[_Stretch] = []
+    for one in stretches:
+        last = joined[-1] if joined else None
+        if (
+            last
+            and last.is_mapped == one.is_mapped
+            and 0 <= one.start - last.stop < PAGE
+            and one.stop <= last.start + STRETCH
+        ):
+            joined[-1] = _Stretch(last.start, one.stop, one.is_mapped)
+        else:
+            joined.append(one)
+    return joined
+
+
+def _fetch(mapping: mmap.mmap, stretch: _Stretch) -> None:
+    """Have the system read a stretch, and map its pages where they are wanted so; advice, and no more than that."""
     import torch
 
-    if sys.platform == "linux":
+    start = stretch.start // PAGE * PAGE
+    length = stretch.stop - start
+    if stretch.is_mapped and sys.platform == "linux":
         whole = torch.frombuffer(mapping, dtype=torch.uint8)  # its address; the GIL is free during the call
         place, size = ctypes.c_void_p(whole.data_ptr() + start), ctypes.c_size_t(length)
         if ctypes.CDLL(None).madvise(place, size, POPULATE_READ) == 0:
-            return True
+            return
     if hasattr(mmap, "MADV_WILLNEED"):
         mapping.madvise(mmap.MADV_WILLNEED, start, length)
-        return True
-    return False

@@ -6,7 +6,9 @@ Knows names, tensors and facts, not what a strategy makes of them. `attached.py`
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from loadstone.checkpoint.disk import Buffer, FileReader
 from loadstone.checkpoint.spec import TensorInfo
 from loadstone.checkpoint.workers import in_threads
 from loadstone.errors import CheckpointError
+from loadstone.telemetry import emit
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +109,8 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the entry takes on disk."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        """The bytes that the entry takes on disk; 0 when it is gone."""
+        return size_of(self.folder)
 
     @property
     def last_used(self) -> float:
@@ -131,14 +134,19 @@ class Entry:
         return named
 
     def verify(self) -> None:
-        """Read all of it and compare every tensor with its digest; raise DamagedError naming those that differ."""
+        """Read all of it and compare every tensor with its digest; raise DamagedError naming those that differ.
+
+        Emits `store.progress` after each stretch.
+        """
         header, wrong = self.header(), []
+        tell = _Progress("verify", self.manifest, sum(tensor.nbytes for tensor in header.values()))
         with FileReader(self.weights) as reader:
 
             def check(tensor: TensorInfo, buffer: Buffer) -> None:
                 found = Digest()
                 for start, length in _stretches(tensor.nbytes):
                     found.update(reader.read(tensor.offset + start, length, buffer).numpy())
+                    tell.add(length)
                 if found.hex() != self.manifest.tensors[tensor.name]:
                     wrong.append(tensor.name)
 
@@ -169,6 +177,29 @@ class Entry:
 
             in_threads(tasks, copy, buffer_bytes=STRETCH, is_pinned=device.type == "cuda")
         return found
+
+
+class _Progress:
+    """Tells by events how far the reading of an entry is; safe to use from several threads."""
+
+    def __init__(self, phase: str, manifest: Manifest, total: int) -> None:
+        self._about = {"phase": phase, "model": manifest.name, "strategy": manifest.strategy, "total": total}
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:  # held while telling: what is told only grows
+            self._done += nbytes
+            emit("store.progress", done=self._done, **self._about)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes that the files in a folder take, as far as they are there."""
+    total = 0
+    with suppress(OSError):
+        for file in folder.iterdir():
+            total += file.stat().st_size
+    return total
 
 
 def _stretches(nbytes: int) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from loadstone.units import format_size
 
 from .attached import Attached
 from .draft import Draft
-from .entry import MANIFEST, USED, DamagedError, Entry, Kind
+from .entry import MANIFEST, USED, DamagedError, Entry, Kind, size_of
 from .known import KnownFiles, Look
 from .light import LightModels
 from .locks import exclusive, is_free, open_alone
@@ -53,6 +53,18 @@ class Store:
             with suppress(OSError, DamagedError):
                 found.append(Entry.at(folder))
         return sorted(found, key=lambda entry: -entry.last_used)
+
+    def unreadable(self) -> dict[Path, str]:
+        """Return folders that stand among the entries and are none, with the reason."""
+        found = {}
+        for folder in self._folders("entries"):
+            try:
+                Entry.at(folder)
+            except FileNotFoundError:
+                found[folder] = "its manifest is missing"
+            except DamagedError as error:
+                found[folder] = str(error)
+        return {folder: reason for folder, reason in found.items() if folder.exists()}  # none that just went
 
     def find(self, kind: Kind, spec: ModelSpec) -> Entry | None:
         """Return the entry for a checkpoint whose files are known; None when there is none, or they are not.
@@ -88,14 +100,14 @@ class Store:
         try:
             return Entry.at(folder)
         except FileNotFoundError:
-            if folder.is_dir():
-                self._set_aside(folder, "its manifest is missing")
+            if folder.exists():
+                self.set_aside(folder, "its manifest is missing")
             return None
         except OSError as error:
             emit("store.warning", reason=f"an entry cannot be read: {error}", file=str(folder))
             return None
         except DamagedError as error:
-            self._set_aside(folder, str(error))
+            self.set_aside(folder, str(error))
             return None
 
     # -- using ----------------------------------------------------------------------------------------------------
@@ -106,7 +118,7 @@ class Store:
             self._check_after_restart(entry)
             attached = Attached(entry)
         except DamagedError as error:
-            self._set_aside(entry.folder, str(error))
+            self.set_aside(entry.folder, str(error))
             return None
         except OSError as error:
             emit("store.warning", reason=f"an entry cannot be read: {error}", file=str(entry.folder))
@@ -133,7 +145,7 @@ class Store:
         with suppress(OSError):
             checked.touch()
 
-    def _set_aside(self, folder: Path, reason: str) -> None:
+    def set_aside(self, folder: Path, reason: str) -> None:
         """Move a damaged entry out of the way, so that it is made again."""
         emit("store.warning", reason=f"a stored model is damaged and will be made again: {reason}", file=str(folder))
         aside = self.folder / "damaged" / f"{folder.name}-{uuid.uuid4().hex[:8]}"
@@ -168,7 +180,8 @@ class Store:
             return Draft(folder, most_tensors=most_tensors, nbytes=nbytes)
 
     def place_of(self, key: str) -> Path:
-        """Return the folder of the entry with this key."""
+        """Return the folder for the entry with this key, having set aside what stands there and is none."""
+        self._entry(key)
         return self.folder / "entries" / key
 
     def remember(self, spec: ModelSpec, look: Look, digests: dict[str, str]) -> None:
@@ -183,8 +196,12 @@ class Store:
 
     def keep_within_limit(self, newest: Entry) -> None:
         """Remove what was used longest ago when all entries together take more than `max_size`."""
-        if self.max_size is not None:
+        if self.max_size is None:
+            return
+        try:
             self.prune(max_size=self.max_size, spare=newest)
+        except OSError as error:  # what was made is there all the same
+            emit("store.warning", reason=f"the store cannot be kept within its limit: {error}", file=str(self.folder))
 
     # -- keeping house --------------------------------------------------------------------------------------------
 
@@ -210,6 +227,15 @@ class Store:
                     removed.append(entry)
         return removed
 
+    def is_in_use(self, entry: Entry) -> bool:
+        """Tell whether somebody has an entry in use now; on Windows this cannot be told, and is False."""
+        with suppress(OSError):
+            alone = open_alone(entry.folder / MANIFEST)
+            if alone is None:
+                return True
+            alone.close()
+        return False
+
     def remove(self, entry: Entry) -> bool:
         """Remove an entry; return False when somebody has it in use. Raises OSError when it cannot be removed."""
         try:
@@ -225,15 +251,20 @@ class Store:
         shutil.rmtree(trash, ignore_errors=True)
         return True
 
-    def sweep(self) -> None:
-        """Remove damaged entries, drafts that nobody writes any more, and records of files that are gone."""
-        for folder in self._folders("damaged"):
+    def sweep(self) -> int:
+        """Remove damaged entries, drafts that nobody writes any more, and records of files that are gone.
+
+        Returns the bytes that were freed.
+        """
+        locks = self.folder / "locks"
+        drafts = self._folders("drafts")
+        left = [draft for draft in drafts if is_free(locks / f"{draft.name.partition('-')[0]}.lock")] + self.damaged()
+        before = sum(map(size_of, left))
+        for folder in left:
             shutil.rmtree(folder, ignore_errors=True)
-        for folder in self._folders("drafts"):
-            if is_free(self.folder / "locks" / f"{folder.name.partition('-')[0]}.lock"):
-                shutil.rmtree(folder, ignore_errors=True)
         self._known.forget_missing()
         self.light.forget_without(entry.manifest.key for entry in self.entries())
+        return before - sum(map(size_of, left))
 
     def damaged(self) -> list[Path]:
         """Return the folders of entries that were set aside."""
@@ -244,7 +275,7 @@ class Store:
         try:
             entry.verify()
         except DamagedError as error:
-            self._set_aside(entry.folder, str(error))
+            self.set_aside(entry.folder, str(error))
             return str(error)
         return None
 

@@ -1,0 +1,228 @@
+"""`loadstone pull`: what is fetched, made, found, refused and told; and where other commands say weights came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.sources.fake_hub import FakeHub
+
+from loadstone import ModelManager
+from loadstone.errors import ModelLoadError
+from loadstone.store import Store
+from loadstone.store.known import FileState
+
+
+@pytest.fixture
+def blocked(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store that cannot be written, whoever tries: its folder's place is taken by a file."""
+    (here / "file").write_text("mine")
+    monkeypatch.setenv("LOADSTONE_STORE__FOLDER", str(here / "file" / "store"))
+    return here / "file" / "store"
+
+
+@pytest.fixture
+def old_model(small_model: Path) -> Path:
+    """A small model that was written long enough ago for its digests to be remembered."""
+    while not all(FileState.of(file).is_settled(time.time_ns()) for file in small_model.glob("*.safetensors")):
+        time.sleep(0.02)
+    return small_model
+
+
+def pulled(cli, *arguments: str) -> dict[str, object]:
+    ended = cli("pull", *arguments, "--json")
+    assert (ended.code, ended.out.count("\n")) == (0, 1), ended.err
+    return json.loads(ended.out)
+
+
+def test_pull_makes_the_entry_once_and_a_load_takes_it(cli, store_folder, small_model):
+    """First it is made, then it is there already, and `run` has its weights from the store."""
+    first = pulled(cli, str(small_model))
+    assert (first["made"], first["not_kept"], first["strategy"], first["fetched_bytes"]) == (True, None, "4bit", 0)
+    (entry,) = Store(store_folder).entries()
+    assert first["entry"] == {"key": entry.manifest.key, "bytes": entry.nbytes, "folder": str(entry.folder)}
+    assert first["file_bytes"] == (small_model / "model.safetensors").stat().st_size
+    second = pulled(cli, str(small_model))
+    assert (second["made"], second["entry"]) == (False, first["entry"])
+    assert "s, from the store" in cli("run", str(small_model), "hi", "--max-new-tokens", "1").err
+
+
+def test_pull_tells_people_the_same(cli, store_folder, small_model):
+    """Files, strategy, where the entry is and whether it was made, and seconds."""
+    first, second = cli("pull", str(small_model)), cli("pull", str(small_model))
+    assert (first.code, first.err, second.code) == (0, "", 0)
+    assert f"{store_folder}" in first.out
+    assert "quantised now" in first.out
+    assert [line.split()[0] for line in first.out.splitlines()] == ["model", "files", "strategy", "store", "took"]
+    assert "quantised now" not in second.out
+    assert second.out.count("there already") == 2
+
+
+def test_pull_of_the_bundled_model_in_8_bits(cli, store_folder):
+    """Options are those of a load: another strategy is another entry."""
+    said = pulled(cli, "smollm2", "--quantization", "8bit", "--context", "256")
+    assert (said["model"], said["strategy"], said["made"]) == ("smollm2", "8bit", True)
+    assert json.loads(cli("info", "smollm2", "--quantization", "8bit", "--json").out)["store"]["entry"] == said["entry"]
+    assert json.loads(cli("info", "smollm2", "--json").out)["store"] == {"keeps": True, "entry": None}
+
+
+def test_pull_fetches_from_a_hub_and_counts_the_bytes(start, store_folder, small_model, here):
+    """What came over the line is told; the second time nothing comes, and the Hub need not be there."""
+    files = {file.name: file.read_bytes() for file in small_model.iterdir()}
+    with FakeHub(files) as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(here / "hub")}
+        first = start("pull", "org/model", "--json", env=env)
+        out, err = first.communicate(timeout=120)
+        assert first.returncode == 0, err
+    second = start("pull", "org/model", "--offline", "--json", env=env)
+    again, _ = second.communicate(timeout=120)
+    told, later = json.loads(out), json.loads(again)
+    assert told["fetched_bytes"] == sum(map(len, files.values()))
+    assert (told["model"], told["revision"], told["made"]) == ("org/model", hub.commit, True)
+    assert (later["fetched_bytes"], later["made"], later["entry"]) == (0, False, told["entry"])
+
+
+def test_pull_without_quantising_fetches_alone(cli, store_folder, small_model):
+    """It says that nothing is quantised, and makes no store."""
+    said = pulled(cli, str(small_model), "--quantization", "none")
+    assert (said["entry"], said["made"]) == (None, False)
+    assert "none" in str(said["not_kept"])
+    assert not store_folder.exists()
+    assert "nothing is quantised" in cli("pull", str(small_model), "--quantization", "none").out
+
+
+def test_pull_with_the_store_switched_off_fetches_alone(cli, small_model, monkeypatch):
+    """That is what was asked for; the setting is named."""
+    monkeypatch.setenv("LOADSTONE_STORE__ENABLED", "false")
+    assert "LOADSTONE_STORE__ENABLED" in str(pulled(cli, str(small_model))["not_kept"])
+
+
+def test_pull_fails_where_the_weights_cannot_be_kept(cli, blocked, small_model):
+    """It promised to keep them; the folder and the setting are named."""
+    ended = cli("pull", str(small_model))
+    assert (ended.code, ended.out) == (5, "")
+    assert f"cannot be kept in {blocked}" in ended.err
+    assert "store.folder" in ended.err
+
+
+def test_pull_fails_where_the_limit_is_too_small(cli, store_folder, small_model, monkeypatch):
+    """`store.max_size` is named with both sizes, and no draft is left."""
+    monkeypatch.setenv("LOADSTONE_STORE__MAX_SIZE", "1KB")
+    ended = cli("pull", str(small_model))
+    assert ended.code == 5
+    assert "max_size of 1 KB" in ended.err
+    assert list((store_folder / "drafts").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("./nowhere",), 3, "nowhere does not exist"),
+        (("smollm2", "--max-memory", "100MB"), 4, "does not fit"),
+        (("smollm2", "--quantization", "3bit"), 2, "3bit"),
+        ((), 2, "MODEL"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_prepared(cli, store_folder, arguments, code, said):
+    """The errors are those of a load, and come before any weight is read."""
+    ended = cli("pull", *arguments)
+    assert (ended.code, ended.out) == (code, "")
+    assert said in ended.err
+    assert not store_folder.exists()
+
+
+def test_a_broken_tokenizer_fails_before_weights_are_read(cli, store_folder, small_model):
+    """Or the long work were in vain."""
+    (small_model / "tokenizer.json").write_text("{")
+    assert cli("pull", str(small_model)).code == 3
+    assert not store_folder.exists()
+
+
+def test_a_prepared_model_is_not_loaded(store_folder, small_model):
+    """The manager holds none, and nobody has the entry in use; loading it afterwards takes it from the store."""
+    with ModelManager({"model_config": {"base_model": str(small_model)}}) as manager:
+        prepared = manager.prepare_model()
+        assert not manager.is_loaded()
+        assert prepared.entry is not None
+        assert not Store(store_folder).is_in_use(prepared.entry)
+        assert set(prepared.phases) == {"resolve", "inspect", "plan", "keep"}
+        _, model = manager.load_base_model()
+        assert model.decoder.attached is not None
+        assert model.decoder.attached.entry.folder == prepared.entry.folder
+
+
+def test_preparing_needs_no_write_for_what_is_there(store_folder, old_model, cli, monkeypatch):
+    """A store that others fill and this process may only read is good enough."""
+    pulled(cli, str(old_model))
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("loadstone.store.store.os.utime", fail)
+    monkeypatch.setattr(Store, "making", fail)
+    assert pulled(cli, str(old_model))["made"] is False
+
+
+def test_preparing_says_why_it_cannot_keep(blocked, small_model):
+    """A ModelLoadError with the reason as its cause."""
+    with pytest.raises(ModelLoadError, match="cannot be kept") as caught:
+        ModelManager({"model_config": {"base_model": str(small_model)}}).prepare_model()
+    assert caught.value.__cause__ is not None
+
+
+# -- where weights came from
+
+
+def load_row(cli, *arguments: str) -> str:
+    ended = cli("run", *arguments, "hi", "--max-new-tokens", "1")
+    assert ended.code == 0, ended.err
+    (row,) = [line for line in ended.err.splitlines() if line.startswith("load ")]
+    return row
+
+
+def test_the_load_row_says_where_the_weights_came_from(cli, store_folder, small_model):
+    """Made at the first load, taken at the second; unquantised weights come from the files without a word."""
+    assert load_row(cli, str(small_model)).endswith(" s, quantised and kept")
+    assert load_row(cli, str(small_model)).endswith(" s, from the store")
+    assert load_row(cli, str(small_model), "--quantization", "none").endswith(" s")
+
+
+def test_the_load_row_says_why_weights_are_not_kept(cli, blocked, small_model, monkeypatch):
+    """A store that cannot be written, or none."""
+    assert "quantised, not kept: the store cannot be written" in load_row(cli, str(small_model))
+    monkeypatch.setenv("LOADSTONE_STORE__ENABLED", "false")
+    assert "quantised, not kept: the store is switched off" in load_row(cli, str(small_model))
+
+
+def test_info_says_where_a_load_would_take_the_weights_from(cli, store_folder, old_model):
+    """It makes nothing itself."""
+    assert "the quantised weights are kept then" in cli("info", str(old_model)).out
+    assert not store_folder.exists()
+    pulled(cli, str(old_model))
+    assert "from the store, which has" in cli("info", str(old_model)).out
+    assert cli("info", str(old_model), "--quantization", "none").out.splitlines()[-1].split() == [
+        "load", "from", "the", "files",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal as POSIX has it")
+def test_pull_shows_progress_at_a_terminal(start, store_folder):
+    """Bars as `run` has them, and standard output without them."""
+    mine, theirs = os.openpty()
+    shown = b""
+    try:
+        process = start("pull", "smollm2", stderr=theirs, env={**os.environ, "TERM": "xterm"})
+        while b"Loading" not in shown:
+            shown += os.read(mine, 1 << 16)
+        os.set_blocking(mine, False)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        os.close(mine)
+        os.close(theirs)
+    assert process.returncode == 0
+    assert b"quantised now" in out
+    assert b"\x1b" not in out
