@@ -19,7 +19,7 @@ ROOT = Path(loadstone.__file__).parent
 # From the ground up; a room may import those on lines below its own, and none beside it. An import under
 # TYPE_CHECKING counts like any other: who names a type knows the room that it is from.
 HOUSE = (
-    ("errors", "units", "folders", "memory", "telemetry", "_blake3"),
+    ("errors", "units", "folders", "memory", "startup", "telemetry", "_blake3"),
     ("config", "retry"),
     ("checkpoint", "hardware", "sources"),
     ("quantization", "store"),

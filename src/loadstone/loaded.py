@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint.spec import ModelSpec
 from .checkpoint.tokenizer import Tokenizer
 from .config import GenerationConfig, Sampling, resolve_generation, tell_generation
-from .engine import Engine, GenerationResult, Stream
-from .engine.engine import Prompt
 from .errors import ConfigurationError
-from .model import Decoder
 from .planner import Plan
 from .store import Entry
+
+if TYPE_CHECKING:  # both bring torch
+    from .engine import Engine, GenerationResult, Stream
+    from .engine.engine import Prompt
+    from .model import Decoder
 
 Layers = tuple[tuple[str, GenerationConfig], ...]
 

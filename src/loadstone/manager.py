@@ -10,27 +10,29 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import inspect, load_chat_template, load_tokenizer
+from .checkpoint import inspect, load_chat_template, load_tokenizer, prepare_tokenizers
 from .checkpoint.spec import ModelSpec
 from .checkpoint.template import ChatTemplate
 from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
-from .engine import Engine, GenerationResult, Stream
-from .engine.engine import Prompt
 from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
 from .light import light_files, lighten
 from .loaded import LoadedModel, PreparedModel
 from .memory import forget_frames, give_back
-from .model import build, can_be_kept, keep
 from .planner import Plan, plan
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
+from .startup import importing_torch
 from .store import Entry, Store, open_store
 from .telemetry import subscribe, timed
 from .telemetry.log import log_event
+
+if TYPE_CHECKING:  # brings torch
+    from .engine import GenerationResult, Stream
+    from .engine.engine import Prompt
 
 RUNTIME_ALLOWANCE = 250_000_000  # torch's and LLVM's code, kernels and the tokenizer, measured on Linux
 
@@ -88,6 +90,9 @@ class ModelManager:
     def _load(self) -> LoadedModel:
         phases: dict[str, float] = {}
         _, spec, tokenizer, template, decision = self._decide(phases)
+        from .engine import Engine
+        from .model import build
+
         with self._phase("build", phases) as made:
             decoder = build(decision, spec, self._store())
             made["bytes"] = sum(decoder.weight_bytes().values())
@@ -105,14 +110,18 @@ class ModelManager:
         with self._phase("resolve", phases) as found:
             files = self.resolve(may_be_light=may_be_light)
             found["bytes"] = _bytes_of(files)
-        with self._phase("inspect", phases):
+        prepare_tokenizers()
+        with self._phase("inspect", phases), importing_torch() as torch_is_there:
             spec = inspect(files)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
+            torch_is_there()
         with self._phase("plan", phases):
             return files, spec, tokenizer, template, self.plan(spec)
 
     def _keep(self, decision: Plan, spec: ModelSpec) -> tuple[Entry | None, bool, str | None]:
         """Return the store's entry for a plan and whether it was made now, or why there is none."""
+        from .model import can_be_kept, keep
+
         store = self._store()
         if not can_be_kept(decision):
             return None, False, f"{decision.strategy} has no quantised form to keep"
@@ -139,8 +148,9 @@ class ModelManager:
         with self._naming("model_config.quantization"):
             if wish.quantization != AUTO:
                 find_strategy(wish.quantization)
-        with self._naming("model_config.device"):
-            self._devices.resolve(wish.device)
+        if wish.device != AUTO:  # it is always right, and looking for a GPU takes torch
+            with self._naming("model_config.device"):
+                self._devices.resolve(wish.device)
 
     @contextmanager
     def _naming(self, key: str) -> Iterator[None]:
@@ -238,7 +248,9 @@ class ModelManager:
         the headers say, where that is known already.
         """
         wish = self.config.config.model
-        spec = spec or inspect(self.resolve())
+        with importing_torch() as torch_is_there:  # looking for a GPU takes it, and its memory counts
+            spec = spec or inspect(self.resolve())
+            torch_is_there()
         device = self._devices.resolve(wish.device)
         settings = self._devices.optimize_memory_settings(device)
         runtime = RUNTIME_ALLOWANCE + (process_rss() if device.kind == "cpu" else 0)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .template import load_chat_template as load_chat_template
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer import load_tokenizer as load_tokenizer
+    from .tokenizer import prepare_tokenizers as prepare_tokenizers
 
 __all__ = [
     "Architecture",
@@ -28,13 +29,14 @@ __all__ = [
     "load_chat_template",
     "load_tokenizer",
     "open_weights",
+    "prepare_tokenizers",
     "register_architecture",
 ]
 
 # Text needs libraries (tokenizers, jinja2) that looking at headers does not.
 _LATER = {
     "ChatTemplate": ".template", "load_chat_template": ".template",
-    "Tokenizer": ".tokenizer", "load_tokenizer": ".tokenizer",
+    "Tokenizer": ".tokenizer", "load_tokenizer": ".tokenizer", "prepare_tokenizers": ".tokenizer",
 }  # fmt: skip
 
 

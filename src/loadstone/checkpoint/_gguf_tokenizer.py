@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,19 +88,19 @@ class _Vocabulary:
     eos: int | None
     unknown: int | None
 
-    def of_type(self, *types: int) -> list[str]:
-        """Return the tokens of these types, in the order of their ids, each once."""
-        return list(
-            dict.fromkeys(token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types and token)
-        )
+    @cached_property
+    def _special(self) -> list[tuple[str, int]]:
+        """The few tokens that are not normal text, with their types."""
+        return [(token, kind) for token, kind in zip(self.tokens, self.types, strict=True) if kind != _NORMAL]
 
-    def ids(self, *, without: Sequence[int] = ()) -> dict[str, int]:
-        """Return each token's id; of equal tokens the first counts."""
-        found: dict[str, int] = {}
-        for index, token in enumerate(self.tokens):
-            if self.types[index] not in without:
-                found.setdefault(token, index)
-        return found
+    def of_type(self, *types: int) -> list[str]:
+        """Return the tokens of these types, none of them normal, in the order of their ids, each once."""
+        return list(dict.fromkeys(token for token, kind in self._special if kind in types and token))
+
+    def ids(self, *, without: int | None = None) -> dict[str, int]:
+        """Return each token's id, but for those of one type; of equal tokens the first counts."""
+        numbered = zip(reversed(self.tokens), reversed(self.types), range(len(self.tokens) - 1, -1, -1), strict=True)
+        return {token: index for token, kind, index in numbered if kind != without}
 
     def text(self, index: int | None) -> str | None:
         """Return the token with this id."""
@@ -170,9 +171,9 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary, splitting:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # The second half may itself begin with a space only if the first is not empty, hence the search from 1.
-    merges = [(m[: m.index(" ", 1)], m[m.index(" ", 1) + 1 :]) for m in metadata["tokenizer.ggml.merges"]]
+    merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in metadata["tokenizer.ggml.merges"]]
     # Unused tokens are padding ("[PAD151669]") that no text may become and no answer should show.
-    ids = vocabulary.ids(without=(_UNUSED,))
+    ids = vocabulary.ids(without=_UNUSED)
     backend = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=splitting.ignore_merges))
     if splitting.composes:
         backend.normalizer = normalizers.NFC()
@@ -254,6 +255,7 @@ def _end_ids(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[int,
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(index, int) and 0 <= index < len(vocabulary.tokens):
             found.append(index)
-    ids = vocabulary.ids()
-    found += [ids[end] for end in _ENDS if end in ids and vocabulary.types[ids[end]] == _CONTROL]
+    control = vocabulary.of_type(_CONTROL)
+    ends = [vocabulary.tokens.index(end) for end in _ENDS if end in control]
+    found += [index for index in ends if vocabulary.types[index] == _CONTROL]
     return tuple(dict.fromkeys(found))

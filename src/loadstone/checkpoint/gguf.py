@@ -121,8 +121,21 @@ class _Cursor:
         except UnicodeDecodeError:
             _damaged(self.file, f"the name at byte {start} of its header is not UTF-8")
 
+    # A vocabulary has hundreds of thousands of texts: tight loops, without calls to the methods above.
+
+    def texts(self, count: int) -> list[str]:
+        start = self.place
+        self.skip_texts(count)
+        data, place = self.data[start : self.place], 0
+        read = struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            first = place + 8
+            place = first + read(data, place)[0]
+            found.append(data[first:place].decode("utf-8", "replace"))
+        return found
+
     def skip_texts(self, count: int) -> None:
-        # A vocabulary has hundreds of thousands of these: one tight loop, no calls to the methods above.
         data, size, place = self.data, self.size, self.place
         read = struct.Struct("<Q").unpack_from
         for _ in range(count):
@@ -205,7 +218,7 @@ def _skip_list(cursor: _Cursor, key: str, depth: int = 1) -> None:
 def _list(cursor: _Cursor, key: str) -> list[Any]:
     kind, count = _list_start(cursor, key)
     if kind == _STRING:
-        return [cursor.text() for _ in range(count)]
+        return cursor.texts(count)
     if kind == _ARRAY:
         return [_list(cursor, key) for _ in range(count)]
     code = f"<{count}{_SCALARS[kind]}"

@@ -61,6 +61,13 @@ class Tokenizer:
         return found
 
 
+def prepare_tokenizers() -> None:
+    """Bring in what `load_tokenizer` needs of the system's loader, which may be busy with torch's library later."""
+    from tokenizers import models
+
+    models.BPE()  # its first hash map looks for the system's function for random numbers
+
+
 def load_tokenizer(spec: ModelSpec) -> Tokenizer:
     """Load the tokenizer of a checkpoint.
 

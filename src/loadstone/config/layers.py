@@ -19,7 +19,6 @@ from loadstone.folders import config_folder
 
 from .schema import SECTIONS, known_keys
 from .wish import nearest, show, unknown_key
-from .yaml_file import parse_scalar
 
 PREFIX = "LOADSTONE_"
 FOUND_BY_NAME = (Path("config/config.yaml"), Path("loadstone.yaml"))
@@ -169,6 +168,8 @@ def _from_environment(key: str, raw: str) -> Any:
     takes_text = annotation in (str, str | None)
     if takes_text and raw[0] not in "'\"":
         return None if raw in ("null", "~") else raw
+    from .yaml_file import parse_scalar
+
     value = parse_scalar(raw)
     if annotation is bool and value in (0, 1):  # VARIABLE=1 is how flags are set everywhere else
         return bool(value)

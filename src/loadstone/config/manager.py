@@ -23,7 +23,6 @@ from .layers import (
 )
 from .schema import SECTIONS, LoadstoneConfig
 from .wish import show
-from .yaml_file import Document
 
 
 class ConfigManager:
@@ -122,6 +121,8 @@ def _read_layers(config: object) -> tuple[tuple[Layer, ...], tuple[Path, ...]]:
 
 def _file_layer(path: Path, *, explicit: bool) -> Layer:
     """Return what the file at `path` says; `explicit` tells that somebody named it."""
+    from .yaml_file import Document  # only where there is a file: its import takes time
+
     document = Document(path)
     layer: dict[str, Entry] = {}
     stranger = None if explicit else "If this file is not for Loadstone, name another with LOADSTONE_CONFIG."
