@@ -87,6 +87,10 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
         """Store `value` at element `index` of the array at address `base`."""
         self.store(value, self._place(base, index, value.type)).align = 1
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at an address, which need not be one."""
+        self.intrinsic("llvm.prefetch.p0", VOID, self.inttoptr(address, POINTER), I32(0), I32(3), I32(1))
+
     def pick(self, first: Any, second: Any, order: Sequence[int]) -> Any:
         """Return the elements of two vectors in the given order."""
         return self.shuffle_vector(first, second, constants(I32, order))

@@ -28,16 +28,16 @@ class CpuKernels:
     Calls are thread-safe: each makes its own scratch space.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_wide: bool = True) -> None:
         from ._llvm import Compiled
         from .products import BEFORE, build_products
         from .quantizers import build_quantizers
 
         def write(module: Any) -> None:
-            build_products(module)
+            build_products(module, is_wide)
             build_quantizers(module)
 
-        self._compiled = Compiled("products", write, openmp_symbols())
+        self._compiled = Compiled("products-wide" if is_wide else "products", write, openmp_symbols())
         names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
         names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int8") for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
@@ -60,14 +60,15 @@ class CpuKernels:
         if scales is not None:
             scratch = torch.empty(count * columns, dtype=torch.int16)
             more = torch.empty(count * columns // 64)
+            sums = torch.empty(torch.get_num_threads() * 128 * count)
         else:
             scratch = torch.empty(count * columns) if before else x
-            more = scratch
+            more = sums = scratch
         words = ProductWords(
             x=x.data_ptr(), weights=weight.data_ptr(), scales=_address(scales), y=y.data_ptr(),
             rows=rows, columns=columns, x_rows=count, scratch=scratch.data_ptr(), scratch_scales=more.data_ptr(),
             whole=_bits(scale), threads=torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
-            bias=_address(bias), residual=_address(residual),
+            bias=_address(bias), residual=_address(residual), sums=sums.data_ptr(),
         )  # fmt: skip
         self._functions[kind + before](_array(words))
         return y

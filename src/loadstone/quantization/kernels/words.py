@@ -26,6 +26,7 @@ class ProductWords(NamedTuple):
     epsilon: int  # a float: the norm's
     bias: int  # float32, N, or 0
     residual: int  # float32, M × N, or 0
+    sums: int  # scratch: float32, threads × 128 × M
 
 
 class QuantizerWords(NamedTuple):
