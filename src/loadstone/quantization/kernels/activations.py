@@ -57,5 +57,3 @@ def prepare(module: Any, name: str, before: Any, write: Any) -> Any:
 
     k.loop(start, stop, 1, row)
     return k.done()
-
-

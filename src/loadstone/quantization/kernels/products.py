@@ -31,7 +31,7 @@ _HIGH = [index for half in (0, 16) for j in range(8, 16) for index in (half + j,
 ORDER = [2 * (half + eight + j) + odd for odd in (0, 1) for eight in (0, 8) for half in (0, 16) for j in range(8)]
 
 
-def build_products(module: Any, is_wide: bool = True) -> None:
+def build_products(module: Any, *, is_wide: bool) -> None:
     """Add `nf4`, `int8`, `float32`, `bfloat16` and `float16` to the module, each plain, `.normed` and `.gated`."""
     if is_wide:
         build_wide_products(module)
@@ -160,7 +160,7 @@ def _float_prepare(module: Any, suffix: str, before: Any) -> Any:
     name = f"floats.prepare{suffix}"
     if name in module.globals:
         return module.globals[name]
-    
+
     def write(k: Kernel, m: Any, c: Any, values: Any) -> None:
         k.put(values, k.word("scratch"), k.add(k.mul(m, k.word("columns")), c))
 

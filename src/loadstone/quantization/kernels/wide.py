@@ -1,347 +1,298 @@
-"""y = x·Wᵀ for 4 and 8 bits with 512-bit vectors: sixteen rows of W at a time, a row a lane.
+"""y = x·Wᵀ for 4 and 8 bits with 512-bit integers (AVX512 with VNNI): sixteen rows of W at a time, a row a lane.
 
-A few columns of W are unpacked to 16-bit numbers, a panel that stays in the cache while all rows of x pass by.
-VPDPWSSD then multiplies two columns of sixteen rows with two activations, and adds in 32 bits.
+With few rows of x, W is multiplied as it is unpacked. With many, some columns of it are unpacked into a panel that
+stays in the cache while all rows of x pass by, and half the products are made sums, for which there are twice as many
+units (Winograd, 1968): x₀w₀ + x₁w₁ = (x₀ + w₁)(x₁ + w₀) - x₀x₁ - w₀w₁. What is taken off is summed once for each row
+of x and once for each of W, not for each pair of them.
+
+Both ways find the same integer: sums wrap in 32 bits, but that of a block of 64 fits. A row of x is scaled, block by
+block, so that it does whatever W is; and numbers of x and W together fit 16 bits.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
 
-from loadstone.quantization.codes import BLOCK, NF4
+from loadstone.quantization.codes import BLOCK
 
+from ._llvm import F32, I8, I16, I32, I64, Kernel, as_float32, constants, vector
 from .activations import BEFORE, prepare
-from ._llvm import F16, F32, I8, I16, I32, I64, VOID, Kernel, as_float32, constants, vector
-from .words import ProductWords
+from .unpacking import FORMS, LANES, NF4_SCALE, PAIRS, Form, Rows
+from .words import SUMS, ProductWords
 
-LANES = 16
-GROUPS = (8, 4, 2, 1)  # rows of x at once
-AHEAD = 16
-DIRECT=(4,2,1)
-FEW = 8
-TILE = 128
-CHUNK = 256
-PARTS = 2
-PAIRS = BLOCK // 2
-TOP = 32767
-TABLE = 8357.0
-ZERO = constants(F32, [0.0] * LANES)
+GROUPS = (8, 4, 2, 1)  # rows of x at once, where there are many
+FEW_GROUPS = (4, 2, 1)
+MANY = 8  # rows of x from which on a panel pays
+CHUNK = 8  # blocks in a panel: 16 KB, half of a core's nearest cache
+SUMS_AT_ONCE = 4  # at least, so that an addition need not wait for the last
+
+FLOATS, INTEGERS, SHORTS = vector(F32, LANES), vector(I32, LANES), vector(I16, 2 * LANES)
+PANEL_BLOCK = PAIRS * LANES * 4  # bytes of a block in the panel
+SIDE_BLOCK = 2 * LANES * 4  # and beside it: each row's scale, and what is to be taken off
 
 
 def build_wide_products(module: Any) -> None:
+    """Add `nf4` and `int8` to the module, each plain, `.normed` and `.gated`."""
     multiply = {count: _multiply(module, count) for count in GROUPS}
-    _product(module, "nf4", _nf4_block, multiply, round(TABLE), 4, NF4_ORDER)
-    _product(module, "int8", _int8_block, multiply, 128, 8, INT8_ORDER)
+    for form in FORMS:
+        few, many = _few(module, form), _many(module, form, multiply)
+        for suffix, before in BEFORE.items():
+            scale = prepare(
+                module, f"{form.name}.prepare{suffix}", before,
+                lambda k, m, c, values, form=form: _scaled(k, m, c, values, form),
+            )  # fmt: skip
+            k = Kernel(module, form.name + suffix, ProductWords)
+            with k.if_else(k.icmp_signed(">=", k.word("x_rows"), I64(MANY))) as (if_many, if_few):
+                with if_many:
+                    k.in_parallel(scale)
+                    k.in_parallel(many)
+                with if_few:
+                    k.call(scale, [k.arguments])
+                    k.in_parallel(few)
+            k.done()
 
 
-def _nf4_column(word: int, nibble: int) -> int:
-    return 8 * word + (nibble ^ 1)
+def _scaled(k: Kernel, m: Any, c: Any, values: Any, form: Form) -> None:
+    """Write 64 activations of row m as 16-bit numbers, their scale, and minus the sum of x₀x₁.
 
-
-NF4_ORDER = [
-    _nf4_column(word, shift + 4 * odd) for word in range(8) for shift in range(4) for odd in (0, 1)
-]
-INT8_ORDER = [4 * word + shift + 2 * odd for word in range(16) for shift in (0, 1) for odd in (0, 1)]
-
-
-def _product(module: Any, name: str, unpack: Any, multiply: Any, largest: int, bits: int, order: list[int]) -> None:
-    fill = _fill(module, f"{name}.fill", unpack, bits)
-    direct = {count: _direct(module, f"{name}.direct{count}", unpack, bits, count) for count in DIRECT}
-    workers = {TILE: _many(module, f"{name}.many", fill, multiply, bits), LANES: _few(module, f"{name}.few", direct)}
-    for suffix, before in BEFORE.items():
-        scale = prepare(
-            module, f"{name}.prepare{suffix}", before,
-            lambda k, m, c, values: _scaled(k, m, c, values, order, largest),
-        )
-        k = Kernel(module, name + suffix, ProductWords)
-        is_many = k.icmp_signed(">=", k.word("x_rows"), I64(FEW))
-        with k.if_else(is_many) as (many, few):
-            with many:
-                k.in_parallel(scale)
-                k.in_parallel(workers[TILE])
-            with few:
-                k.call(scale, [k.arguments])
-                k.in_parallel(workers[LANES])
-        k.done()
-
-
-def _scaled(k: Kernel, m: Any, c: Any, values: Any, order: list[int], largest: int) -> None:
+    Rows of x that are multiplied together stand together: a pair of the first, of the second and so on.
+    """
     columns, count = k.words("columns", "x_rows")
-    size = k.select(k.icmp_signed("<", m, k.and_(count, I64(-2))), I64(2), I64(1))
-    for group in sorted(GROUPS)[2:]:
-        size = k.select(k.icmp_signed("<", m, k.and_(count, I64(-group))), I64(group), size)
-    first = k.and_(m, k.sub(I64(0), size))
-    here = k.sub(m, first)
-    found = k.magnitude(values)
-    bounds = [k.fmul(k.largest(found), F32(as_float32(1.0 / TOP)))]
-    limit = (2**31 - 1) // largest - 32
-    half = BLOCK // PARTS
-    # which columns make a half: by order
-    for part in range(PARTS):
-        total = k.sum(k.pick(found, found, sorted(order[part * half : (part + 1) * half])))
-        bounds.append(k.fmul(total, F32(as_float32(1.0 / limit))))
-    both = ir.Constant(vector(F32, 4), [ir.Constant(F32, 0.0)] * 4)
-    for i, bound in enumerate(bounds):
-        both = k.insert_element(both, bound, I32(i))
-    step = k.largest(both)
+    group = I64(1)
+    for size in sorted(GROUPS)[1:]:
+        group = k.select(k.icmp_signed("<", m, k.and_(count, I64(-size))), I64(size), group)
+    first = k.and_(m, k.sub(I64(0), group))
+    block = k.udiv(c, I64(BLOCK))
+
+    step = _step(k, values, form.largest)
     factor = k.select(k.fcmp_ordered(">", step, F32(as_float32(1e-34))), k.fdiv(F32(1.0), step), F32(0.0))
     rounded = k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), k.fmul(values, k.splat(factor, BLOCK)))
-    small = k.trunc(k.fptosi(rounded, vector(I32, BLOCK)), vector(I16, BLOCK))
-    pairs = k.bitcast(k.pick(small, small, order), vector(I32, PAIRS))
+    whole = k.fptosi(rounded, vector(I32, BLOCK))
+    small = k.trunc(k.pick(whole, whole, form.order), vector(I16, BLOCK))
+
+    pairs = k.bitcast(small, vector(I32, PAIRS))
     at = k.add(k.word("scratch"), k.mul(first, k.mul(columns, I64(2))))
-    index = k.add(k.mul(k.udiv(c, I64(2)), size), here)
-    with k.if_else(k.icmp_signed("==", size, I64(1))) as (alone, among):
-        with alone:
+    index = k.add(k.mul(k.mul(block, I64(PAIRS)), group), k.sub(m, first))
+    with k.if_else(k.icmp_signed("==", group, I64(1))) as (if_alone, if_among):
+        with if_alone:
             k.put(pairs, at, index)
-        with among:
+        with if_among:
             for pair in range(PAIRS):
-                k.put(k.extract_element(pairs, I32(pair)), at, k.add(index, k.mul(size, I64(pair))))
-    blocks = k.udiv(columns, I64(BLOCK))
-    at = k.add(k.word("scratch_scales"), k.mul(first, k.mul(blocks, I64(4))))
-    k.put(step, at, k.add(k.mul(k.udiv(c, I64(BLOCK)), size), here))
+                k.put(k.extract_element(pairs, I32(pair)), at, k.add(index, k.mul(group, I64(pair))))
+
+    halves = [[form.order[i] for i in range(BLOCK) if i // 2 % 2 == odd] for odd in (0, 1)]
+    crossed = k.mul(*(k.pick(whole, whole, half) for half in halves))
+    off = k.sub(I32(0), k.intrinsic(f"llvm.vector.reduce.add.v{PAIRS}i32", I32, crossed))
+    at = k.add(k.word("scratch_scales"), k.mul(first, k.udiv(k.mul(columns, I64(8)), I64(BLOCK))))
+    index = k.add(k.mul(k.mul(block, I64(2)), group), k.sub(m, first))
+    k.put(step, at, index)
+    k.put(off, at, k.add(index, group))
 
 
-def _turned(k: Kernel, rows: list[Any], index: Any) -> list[Any]:
-    """Return eight vectors: the n-th has the n-th 32-bit word from `index` on of sixteen rows."""
-    quarters = []
-    for base in (0, 8):
-        two = [
-            k.pick(k.get(rows[base + i], index, vector(I32, 8)), k.get(rows[base + 4 + i], index, vector(I32, 8)),
-                   range(16))
-            for i in range(4)
-        ]
-        low = [4 * lane + i + 16 * other for lane in range(4) for i in (0, 1) for other in (0, 1)]
-        high = [i + 2 for i in low]
-        mixed = [k.pick(two[a], two[a + 1], order) for order in (low, high) for a in (0, 2)]
-        first = [4 * lane + i + 16 * other for lane in range(4) for other in (0, 1) for i in (0, 1)]
-        second = [i + 2 for i in first]
-        quarters.append([k.pick(mixed[a], mixed[a + 1], order) for a in (0, 2) for order in (first, second)])
-    even = [4 * lane + i + 16 * other for other in (0, 1) for lane in (0, 2) for i in range(4)]
-    odd = [i + 4 for i in even]
-    return [k.pick(quarters[0][q], quarters[1][q], order) for order in (even, odd) for q in range(4)]
+def _step(k: Kernel, values: Any, largest: int) -> Any:
+    """Return the unit of 64 activations: no smaller than lets a number, and a sum of products, fit."""
+    found = k.magnitude(values)
+    single = k.fmul(k.largest(found), F32(as_float32(1.0 / (2**15 - 1 - largest))))
+    # Rounding adds at most half a unit to each number.
+    summed = k.fmul(k.sum(found), F32(as_float32(1.0 / ((2**31 - 1) // largest - BLOCK))))
+    bounds = constants(F32, [0.0] * 2)
+    for i, bound in enumerate((single, summed)):
+        bounds = k.insert_element(bounds, bound, I32(i))
+    return k.largest(bounds)
 
 
-def _rows(k: Kernel, base: Any, first: Any, size: Any) -> list[Any]:
-    last = k.sub(k.word("rows"), I64(1))
-    return [k.add(base, k.mul(k.least(k.add(first, I64(i)), last), size)) for i in range(LANES)]
+def _add_products(k: Kernel, total: Any, a: Any, b: Any) -> Any:
+    """Add two products of 16-bit numbers to each lane."""
+    a, b = k.bitcast(a, INTEGERS), k.bitcast(b, INTEGERS)
+    return k.intrinsic("llvm.x86.avx512.vpdpwssd.512", INTEGERS, total, a, b)
 
 
-def _ask_ahead(k: Kernel, rows: list[Any], b: Any, size: int, tile: int, ahead: int) -> None:
-    """Ask for what the rows hold a little later, or where they end, for what the next tile begins with."""
-    whole = k.mul(k.udiv(k.word("columns"), I64(BLOCK)), I64(size))
-    here = k.add(k.mul(b, I64(size)), I64(ahead * size))
-    here = k.select(k.icmp_signed(">=", here, whole), k.add(here, k.mul(whole, I64(tile - 1))), here)
-    for row in rows:
-        k.prefetch(k.add(row, here))
+def _add_block(k: Kernel, total: Any, found: Any, scales: Any, step: Any) -> Any:
+    """Add a block's integers, scaled, to the sums of sixteen rows; every path rounds here, and in this way."""
+    return k.fma(k.fmul(k.sitofp(found, FLOATS), scales), k.splat(step, LANES), total)
 
 
-def _nf4_block(k: Kernel, rows: list[Any], scales: list[Any], b: Any, tile: int, ahead: int) -> tuple[list[Any], Any]:
-    """Return a block of 64 columns, two a vector, and the rows' scales."""
-    table = constants(I16, [round(value * TABLE) for value in NF4] * 2)
-    _ask_ahead(k, rows, b, 32, tile, ahead)
-    pairs = []
-    for word in _turned(k, rows, k.mul(b, I64(8))):
-        for shift in range(4):
-            moved = k.lshr(word, constants(I32, [4 * shift] * LANES)) if shift else word
-            codes = k.bitcast(moved, vector(I16, 32))
-            pairs.append(k.intrinsic("llvm.x86.avx512.permvar.hi.512", vector(I16, 32), table, codes))
-    bits = ir.Constant(vector(I16, LANES), ir.Undefined)
-    for i in range(LANES):
-        bits = k.insert_element(bits, k.get(scales[i], b, I16), I32(i))
-    return [k.bitcast(one, vector(I32, LANES)) for one in pairs], k.fpext(k.bitcast(bits, vector(F16, LANES)), vector(F32, LANES))
-
-
-def _int8_block(k: Kernel, rows: list[Any], scales: list[Any], b: Any, tile: int, ahead: int) -> tuple[list[Any], Any]:
-    eight = constants(I16, [8] * 32)
-    pairs = []
-    _ask_ahead(k, rows, b, 64, tile, ahead)
-    for part in (0, 1):
-        for word in _turned(k, rows, k.add(k.mul(b, I64(16)), I64(8 * part))):
-            numbers = k.bitcast(word, vector(I16, 32))
-            pairs += [k.ashr(k.shl(numbers, eight), eight), k.ashr(numbers, eight)]
-    return [k.bitcast(one, vector(I32, LANES)) for one in pairs], constants(F32, [1.0] * LANES)
-
-
-def _sources(k: Kernel, first: Any, bits: int) -> tuple[list[Any], list[Any]]:
-    columns = k.word("columns")
-    rows = _rows(k, k.word("weights"), first, k.udiv(k.mul(columns, I64(bits)), I64(8)))
-    scales = _rows(k, k.word("scales"), first, k.udiv(columns, I64(BLOCK // 2))) if bits == 4 else []
-    return rows, scales
-
-
-def _fill(module: Any, name: str, unpack: Any, bits: int) -> Any:
-    k = Kernel(module, name, ProductWords, extra=5)
-    first, b0, count, panel, factors = k.extra
-    rows, scales = _sources(k, first, bits)
-
-    def block(b: Any) -> None:
-        pairs, factor = unpack(k, rows, scales, k.add(b0, b), TILE, CHUNK // BLOCK)
-        at = k.add(panel, k.mul(b, I64(PAIRS * LANES * 4)))
-        for i, pair in enumerate(pairs):
-            k.put(pair, at, I64(LANES * i))
-        k.put(factor, factors, k.mul(b, I64(LANES)))
-
-    k.loop(I64(0), count, 1, block)
-    return k.done()
-
-
-def _block(k: Kernel, weights: Any, factor: Any, x: Any, x_scales: Any, totals: Any) -> list[Any]:
-    count, kind = len(totals), vector(I32, LANES)
-    parts = []
-    for part in range(PARTS):
-        found = [constants(I32, [0] * LANES)] * count
-        for pair in range(part * PAIRS // PARTS, (part + 1) * PAIRS // PARTS):
-            numbers = weights(pair)
-            for j in range(count):
-                one = k.splat(k.get(x, I64(count * pair + j), I32), LANES)
-                found[j] = k.intrinsic("llvm.x86.avx512.vpdpwssd.512", kind, found[j], numbers, one)
-        parts.append([k.sitofp(one, vector(F32, LANES)) for one in found])
-    following = []
-    for j in range(count):
-        total = parts[0][j]
-        for part in parts[1:]:
-            total = k.fadd(total, part[j])
-        scale = k.splat(k.get(x_scales, I64(j), F32), LANES)
-        following.append(k.fma(k.fmul(total, factor()), scale, totals[j]))
-    return following
-
-
-def _multiply(module: Any, count: int) -> Any:
-    """Multiply a panel with some rows of x."""
-    k = Kernel(module, f"wide.rows{count}", ProductWords, extra=6)
-    panel, factors, x, x_scales, sums, blocks = k.extra
-
-    def block(b: Any, *totals: Any) -> list[Any]:
-        at = k.add(panel, k.mul(b, I64(PAIRS * LANES * 4)))
-        return _block(
-            k, lambda pair: k.get(at, I64(LANES * pair), vector(I32, LANES)),
-            lambda: k.get(factors, k.mul(b, I64(LANES)), vector(F32, LANES)),
-            k.add(x, k.mul(b, I64(PAIRS * 4 * count))), k.add(x_scales, k.mul(b, I64(4 * count))), totals,
-        )
-
-    before = [k.get(sums, I64(LANES * j), vector(F32, LANES)) for j in range(count)]
-    totals = k.loop(I64(0), blocks, 1, block, *before)
-    for j in range(count):
-        k.put(totals[j], sums, I64(LANES * j))
-    return k.done()
-
-
-def _direct(module: Any, name: str, unpack: Any, bits: int, count: int) -> Any:
-    """Multiply 16 rows with some rows of x, without a panel."""
-    k = Kernel(module, name, ProductWords, extra=2)
-    first, m = k.extra
-    columns, scratch, x_scales = k.words("columns", "scratch", "scratch_scales")
-    rows, scales = _sources(k, first, bits)
-    blocks = k.udiv(columns, I64(BLOCK))
-    x = k.add(scratch, k.mul(m, k.mul(columns, I64(2))))
-    x_scales = k.add(x_scales, k.mul(m, k.mul(blocks, I64(4))))
-
-    def block(b: Any, *totals: Any) -> list[Any]:
-        pairs, factor = unpack(k, rows, scales, b, LANES, AHEAD)
-        return _block(
-            k, lambda pair: pairs[pair], lambda: factor,
-            k.add(x, k.mul(b, I64(PAIRS * 4 * count))), k.add(x_scales, k.mul(b, I64(4 * count))), totals,
-        )
-
-    totals = k.loop(I64(0), blocks, 1, block, *[ZERO] * count)
-    for j in range(count):
-        _put(k, bits, first, k.add(m, I64(j)), totals[j])
-    return k.done()
-
-
-def _few(module: Any, name: str, direct: dict[int, Any]) -> Any:
-    k = Kernel(module, name, ProductWords)
+def _few(module: Any, form: Form) -> Any:
+    """Let each thread multiply its rows of W with all rows of x, unpacking them for each group of these."""
+    products = {count: _direct(module, form, count) for count in FEW_GROUPS}
+    k = Kernel(module, f"{form.name}.few", ProductWords)
     start, stop = k.share(k.word("rows"), LANES)
-    count = k.word("x_rows")
 
     def rows(first: Any) -> None:
-        done = I64(0)
-        for group, product in direct.items():
-            upto = k.and_(count, I64(-group))
-            k.loop(done, upto, group, lambda m, product=product: k.call(product, [k.arguments, first, m]) and None)
-            done = upto
+        _in_groups(k, FEW_GROUPS, lambda m, group: k.call(products[group], [k.arguments, first, m]))
 
     k.loop(start, stop, LANES, rows)
     return k.done()
 
 
-def _many(module: Any, name: str, fill: Any, multiply: Any, bits: int) -> Any:
-    k = Kernel(module, name, ProductWords)
-    n, count, columns, scratch, x_scales = k.words("rows", "x_rows", "columns", "scratch", "scratch_scales")
-    start, stop = k.share(n, LANES)
-    thread = k.sext(k.intrinsic("omp_get_thread_num", I32), I64)
-    sums = k.add(k.word("sums"), k.mul(thread, k.mul(count, I64(4 * TILE))))
-    panel_size, factors_size = CHUNK * LANES * 2, CHUNK // BLOCK * LANES * 4
-    space = k.alloca(ir.ArrayType(I8, panel_size + factors_size))
-    space.align = 64
-    panel = k.ptrtoint(space, I64)
-    factors = k.add(panel, I64(panel_size))
-    blocks = k.udiv(columns, I64(BLOCK))
+def _in_groups(k: Kernel, groups: tuple[int, ...], body: Any) -> None:
+    """Call `body(m, group)` for all rows of x, as many at once as can be."""
+    count, done = k.word("x_rows"), I64(0)
+    for group in groups:
+        upto = k.and_(count, I64(-group))
 
-    def one_tile(first: Any) -> None:
-        last = k.least(k.add(first, I64(TILE)), stop)
-        parts = k.udiv(k.add(k.sub(last, first), I64(LANES - 1)), I64(LANES))
-        k.loop(I64(0), k.mul(parts, count), 1, lambda i: k.put(ZERO, sums, k.mul(i, I64(LANES))))
+        def some(m: Any, group: int = group) -> None:
+            body(m, group)
 
-        def chunk(b0: Any) -> None:
-            here = k.least(k.sub(blocks, b0), I64(CHUNK // BLOCK))
+        k.loop(done, upto, group, some)
+        done = upto
 
-            def one_part(part: Any) -> None:
-                k.call(fill, [k.arguments, k.add(first, k.mul(part, I64(LANES))), b0, here, panel, factors])
-                done = I64(0)
-                for group in GROUPS:
-                    def some(m: Any, group: int = group) -> None:
-                        x = k.add(scratch, k.add(k.mul(m, k.mul(columns, I64(2))), k.mul(b0, I64(BLOCK * 2 * group))))
-                        scales = k.add(x_scales, k.mul(k.add(k.mul(m, blocks), k.mul(b0, I64(group))), I64(4)))
-                        k.call(multiply[group], [
-                            k.arguments, panel, factors, x, scales,
-                            k.add(sums, k.mul(k.add(k.mul(part, count), m), I64(4 * LANES))), here,
-                        ])
 
-                    upto = k.and_(count, I64(-group))
-                    k.loop(done, upto, group, some)
-                    done = upto
+def _direct(module: Any, form: Form, count: int) -> Any:
+    """Multiply sixteen rows of W from `first` on with `count` rows of x from m on."""
+    k = Kernel(module, f"{form.name}.direct{count}", ProductWords, extra=2)
+    first, m = k.extra
+    rows = Rows(k, form, first)
+    x, steps = _x_from(k, m, I64(0), count)
 
-            k.loop(I64(0), parts, 1, one_part)
+    def block(b: Any, *totals: Any) -> list[Any]:
+        rows.ask_for_next_rows(b)
+        pairs, scales = rows.block(b)
+        x_here, steps_here = k.add(x, k.mul(b, I64(4 * PAIRS * count))), k.add(steps, k.mul(b, I64(8 * count)))
+        found = [constants(I32, [0] * LANES)] * max(count, SUMS_AT_ONCE)
+        for index, pair in enumerate(pairs):
+            for j in range(count):
+                one = k.splat(k.get(x_here, I64(count * index + j), I32), LANES)
+                place = (count * index + j) % len(found)
+                found[place] = _add_products(k, found[place], pair, one)
+        following = []
+        for j in range(count):
+            whole = reduce(k.add, found[j::count])
+            following.append(_add_block(k, totals[j], whole, scales, k.get(steps_here, I64(j), F32)))
+        return following
 
-        k.loop(I64(0), blocks, CHUNK // BLOCK, chunk)
-
-        def finish(part: Any) -> None:
-            r = k.add(first, k.mul(part, I64(LANES)))
-            def line(m):
-                at = k.mul(k.add(k.mul(part, count), m), I64(LANES))
-                _put(k, bits, r, m, k.get(sums, at, vector(F32, LANES)))
-            k.loop(I64(0), count, 1, line)
-
-        k.loop(I64(0), parts, 1, finish)
-
-    k.loop(start, stop, TILE, one_tile)
+    blocks = k.udiv(k.word("columns"), I64(BLOCK))
+    totals = k.loop(I64(0), blocks, 1, block, *[constants(F32, [0.0] * LANES)] * count)
+    for j in range(count):
+        _put_results(k, form, totals[j], k.add(m, I64(j)), first)
     return k.done()
 
 
-def _put(k: Kernel, bits: int, r: Any, m: Any, value: Any) -> None:
+def _x_from(k: Kernel, m: Any, b: Any, group: int) -> tuple[Any, Any]:
+    """Return where the numbers and the scales of a group of rows of x from m on are, from block b on."""
+    columns = k.word("columns")
+    place = k.add(k.mul(m, columns), k.mul(b, I64(BLOCK * group)))
+    x = k.add(k.word("scratch"), k.mul(place, I64(2)))
+    return x, k.add(k.word("scratch_scales"), k.udiv(k.mul(place, I64(8)), I64(BLOCK)))
+
+
+def _many(module: Any, form: Form, multiply: dict[int, Any]) -> Any:
+    """Let each thread walk its rows of W in tiles, each tile in panels, and multiply each panel with all rows of x."""
+    fill = _fill(module, form)
+    k = Kernel(module, f"{form.name}.many", ProductWords)
+    n, count = k.words("rows", "x_rows")
+    blocks = k.udiv(k.word("columns"), I64(BLOCK))
+    start, stop = k.share(n, LANES)
+    thread = k.sext(k.intrinsic("omp_get_thread_num", I32), I64)
+    sums = k.add(k.word("sums"), k.mul(thread, k.mul(count, I64(4 * SUMS))))
+    space = k.alloca(ir.ArrayType(I8, CHUNK * (PANEL_BLOCK + SIDE_BLOCK)))
+    space.align = 64
+    panel = k.ptrtoint(space, I64)
+    side = k.add(panel, I64(CHUNK * PANEL_BLOCK))
+
+    def tile(first: Any) -> None:
+        last = k.least(k.add(first, I64(SUMS)), stop)
+        zeros = constants(F32, [0.0] * LANES)
+        strips = k.udiv(k.add(k.sub(last, first), I64(LANES - 1)), I64(LANES))
+        k.loop(I64(0), k.mul(strips, count), 1, lambda i: k.put(zeros, sums, k.mul(i, I64(LANES))))
+
+        def sums_of(r: Any, m: Any) -> Any:
+            strip = k.udiv(k.sub(r, first), I64(LANES))
+            return k.add(sums, k.mul(k.add(k.mul(strip, count), m), I64(4 * LANES)))
+
+        def chunk(b: Any) -> None:
+            here = k.least(k.sub(blocks, b), I64(CHUNK))
+
+            def strip(r: Any) -> None:
+                def group(m: Any, size: int) -> None:
+                    x, steps = _x_from(k, m, b, size)
+                    k.call(multiply[size], [k.arguments, panel, side, x, steps, sums_of(r, m), here])
+
+                k.call(fill, [k.arguments, r, b, here, panel, side])
+                _in_groups(k, GROUPS, group)
+
+            k.loop(first, last, LANES, strip)
+
+        def results(r: Any) -> None:
+            k.loop(I64(0), count, 1, lambda m: _put_results(k, form, k.get(sums_of(r, m), I64(0), FLOATS), m, r))
+
+        k.loop(I64(0), blocks, CHUNK, chunk)
+        k.loop(first, last, LANES, results)
+
+    k.loop(start, stop, SUMS, tile)
+    return k.done()
+
+
+def _fill(module: Any, form: Form) -> Any:
+    """Unpack `count` blocks of sixteen rows of W into a panel; beside it, scales and minus the sums of w₀w₁."""
+    k = Kernel(module, f"{form.name}.fill", ProductWords, extra=5)
+    first, start, count, panel, side = k.extra
+    rows = Rows(k, form, first)
+
+    def block(b: Any) -> None:
+        rows.ask_ahead(k.add(start, b), CHUNK, SUMS)
+        pairs, scales = rows.block(k.add(start, b))
+        at = k.add(panel, k.mul(b, I64(PANEL_BLOCK)))
+        for index, pair in enumerate(pairs):
+            k.put(pair, at, I64(LANES * index))
+        crossed = constants(I32, [0] * LANES)
+        for index in range(0, PAIRS, 2):
+            crossed = _add_products(k, crossed, pairs[index], pairs[index + 1])
+        at = k.add(side, k.mul(b, I64(SIDE_BLOCK)))
+        k.put(scales, at, I64(0))
+        k.put(k.sub(constants(I32, [0] * LANES), crossed), at, I64(LANES))
+
+    k.loop(I64(0), count, 1, block)
+    return k.done()
+
+
+def _multiply(module: Any, count: int) -> Any:
+    """Add the products of a panel with `count` rows of x to their sums."""
+    k = Kernel(module, f"panel.rows{count}", ProductWords, extra=6)
+    panel, side, x, steps, sums, blocks = k.extra
+
+    def block(b: Any, *totals: Any) -> list[Any]:
+        here = k.add(panel, k.mul(b, I64(PANEL_BLOCK)))
+        beside = k.add(side, k.mul(b, I64(SIDE_BLOCK)))
+        x_here = k.add(x, k.mul(b, I64(4 * PAIRS * count)))
+        steps_here = k.add(steps, k.mul(b, I64(8 * count)))
+
+        def activations(pair: int, j: int) -> Any:
+            return k.bitcast(k.splat(k.get(x_here, I64(count * pair + j), I32), LANES), SHORTS)
+
+        off = k.get(beside, I64(LANES), INTEGERS)
+        found = [k.add(off, k.splat(k.get(steps_here, I64(count + j), I32), LANES)) for j in range(count)]
+        for pair in range(0, PAIRS, 2):
+            w0, w1 = (k.get(here, I64(2 * LANES * (pair + i)), SHORTS) for i in (0, 1))
+            for j in range(count):
+                x0, x1 = (activations(pair + i, j) for i in (0, 1))
+                found[j] = _add_products(k, found[j], k.add(x0, w1), k.add(x1, w0))
+        scales = k.get(beside, I64(0), FLOATS)
+        return [_add_block(k, totals[j], found[j], scales, k.get(steps_here, I64(j), F32)) for j in range(count)]
+
+    totals = k.loop(I64(0), blocks, 1, block, *[k.get(sums, I64(LANES * j), FLOATS) for j in range(count)])
+    for j in range(count):
+        k.put(totals[j], sums, I64(LANES * j))
+    return k.done()
+
+
+def _put_results(k: Kernel, form: Form, value: Any, m: Any, r: Any) -> None:
+    """Write sixteen numbers of row m of y from r on, as far as there are, with their bias and residual."""
     n = k.word("rows")
     left = k.splat(k.trunc(k.sub(n, r), I32), LANES)
-    mask = k.icmp_signed("<", constants(I32, list(range(LANES))), left)
-    kind = vector(F32, LANES)
-
-    def load(base: Any, index: Any) -> Any:
-        place = k._place(base, index, kind)
-        return k.intrinsic("llvm.masked.load.v16f32.p0", kind, place, I32(1), mask, ZERO)
-
-    factor = k.splat(k.fmul(k.float_word("whole"), F32(as_float32(1.0 / TABLE))), LANES)
-    if bits == 8:
-        factor = k.fmul(k.splat(k.float_word("whole"), LANES), load(k.word("scales"), r))
-    value = k.fmul(value, factor)
+    is_there = k.icmp_signed("<", constants(I32, range(LANES)), left)
+    whole = k.float_word("whole")
+    if form.bits == 4:
+        factor = k.splat(k.fmul(whole, F32(as_float32(1.0 / NF4_SCALE))), LANES)
+    else:
+        factor = k.fmul(k.get_where(is_there, k.word("scales"), r, FLOATS), k.splat(whole, LANES))
     place = k.add(k.mul(m, n), r)
     y, bias, residual = k.words("y", "bias", "residual")
-
-    def put(value: Any) -> None:
-        k.intrinsic("llvm.masked.store.v16f32.p0", VOID, value, k._place(y, place, kind), I32(1), mask)
-
-    put(value)
+    k.put_where(is_there, k.fmul(value, factor), y, place)
     for address, index in ((bias, r), (residual, place)):
         with k.if_then(k.icmp_signed("!=", address, I64(0))):
-            put(k.fadd(load(y, place), load(address, index)))
+            more = k.get_where(is_there, address, index, FLOATS)
+            k.put_where(is_there, k.fadd(k.get_where(is_there, y, place, FLOATS), more), y, place)
