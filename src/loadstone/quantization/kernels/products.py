@@ -1,9 +1,9 @@
 """y = x·Wᵀ for weights kept in 4 bits, 8 bits, or as floats: the loops that read every weight once.
 
-4 and 8 bits are multiplied in integers. Each block of 64 activations is scaled to 15 bits; an NF4 code becomes a
-15-bit number through two byte look-ups (PSHUFB); PMADDWD adds pairs of products in 32 bits. Eight products of
-16383² fit a 32-bit sum, so nothing overflows and nothing is rounded inside a block: against float32 the result is
-off by about 6e-5, a fiftieth of what bfloat16 activations would cost.
+4 and 8 bits are multiplied in integers, by `wide.py` where the processor has 512-bit ones, and else here. Each block
+of 64 activations is scaled to 15 bits; an NF4 code becomes a 15-bit number through two byte look-ups (PSHUFB); PMADDWD
+adds pairs of products in 32 bits. Eight products of 16383² fit a 32-bit sum, so nothing overflows and nothing is
+rounded inside a block: against float32 the result is off by about 6e-5, a fiftieth of what bfloat16 activations cost.
 
 What a decoder does just before and after a product is done here too, while the numbers are at hand: `name.normed`
 takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]; a bias and a residual are added to y.
