@@ -112,6 +112,19 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
         """Return the elements of two vectors in the given order."""
         return self.shuffle_vector(first, second, constants(I32, order))
 
+    def beside(self, values: Sequence[Any]) -> Any:
+        """Return a vector of single values."""
+        found = ir.Constant(vector(values[0].type, len(values)), ir.Undefined)
+        for place, value in enumerate(values):
+            found = self.insert_element(found, value, I32(place))
+        return found
+
+    def space(self, size: int) -> Any:
+        """Return the address of `size` bytes that are this call's own, at the beginning of a cache line."""
+        place = self.alloca(ir.ArrayType(I8, size))
+        place.align = 64
+        return self.ptrtoint(place, I64)
+
     def splat(self, value: Any, length: int) -> Any:
         """Return `value` in every element of a vector."""
         nothing = ir.Constant(vector(value.type, length), ir.Undefined)

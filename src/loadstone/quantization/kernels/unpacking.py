@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
-
 from loadstone.quantization.codes import BLOCK, NF4
 
 from ._llvm import F16, F32, I16, I32, I64, Kernel, constants, vector
@@ -71,9 +69,7 @@ class Rows:
         pairs = [k.bitcast(pair, vector(I32, LANES)) for pair in self.form.unpack(k, self._read[0][1], b)]
         if not self.form.has_block_scales:
             return pairs, constants(F32, [1.0] * LANES)
-        bits = ir.Constant(vector(I16, LANES), ir.Undefined)
-        for lane, row in enumerate(self._read[1][1]):
-            bits = k.insert_element(bits, k.get(row, b, I16), I32(lane))
+        bits = k.beside([k.get(row, b, I16) for row in self._read[1][1]])
         return pairs, k.fpext(k.bitcast(bits, vector(F16, LANES)), vector(F32, LANES))
 
     def ask_for_next_rows(self, b: Any) -> None:

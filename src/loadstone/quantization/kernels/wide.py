@@ -14,11 +14,9 @@ from __future__ import annotations
 from functools import reduce
 from typing import Any
 
-from llvmlite import ir
-
 from loadstone.quantization.codes import BLOCK
 
-from ._llvm import F32, I8, I16, I32, I64, Kernel, as_float32, constants, vector
+from ._llvm import F32, I16, I32, I64, Kernel, as_float32, constants, vector
 from .activations import BEFORE, prepare
 from .unpacking import FORMS, LANES, NF4_SCALE, PAIRS, Form, Rows
 from .words import SUMS, ProductWords
@@ -98,10 +96,7 @@ def _step(k: Kernel, values: Any, largest: int) -> Any:
     single = k.fmul(k.largest(found), F32(as_float32(1.0 / (2**15 - 1 - largest))))
     # Rounding adds at most half a unit to each number.
     summed = k.fmul(k.sum(found), F32(as_float32(1.0 / ((2**31 - 1) // largest - BLOCK))))
-    bounds = constants(F32, [0.0] * 2)
-    for i, bound in enumerate((single, summed)):
-        bounds = k.insert_element(bounds, bound, I32(i))
-    return k.largest(bounds)
+    return k.largest(k.beside([single, summed]))
 
 
 def _add_products(k: Kernel, total: Any, a: Any, b: Any) -> Any:
@@ -188,9 +183,7 @@ def _many(module: Any, form: Form, multiply: dict[int, Any]) -> Any:
     start, stop = k.share(n, LANES)
     thread = k.sext(k.intrinsic("omp_get_thread_num", I32), I64)
     sums = k.add(k.word("sums"), k.mul(thread, k.mul(count, I64(4 * SUMS))))
-    space = k.alloca(ir.ArrayType(I8, CHUNK * (PANEL_BLOCK + SIDE_BLOCK)))
-    space.align = 64
-    panel = k.ptrtoint(space, I64)
+    panel = k.space(CHUNK * (PANEL_BLOCK + SIDE_BLOCK))
     side = k.add(panel, I64(CHUNK * PANEL_BLOCK))
 
     def tile(first: Any) -> None:
