@@ -1,4 +1,4 @@
-"""Every form of a weight multiplies as its dequantised numbers do, with our kernels and without."""
+"""Every form of a weight multiplies as its dequantised numbers do, with each of our kernels and without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from loadstone.quantization.linear import Linear
 
 CLOSE = 2e-4  # length of the error, relative to the result's
-COUNTS = (1, 2, 3, 4, 5, 7, 8, 33)
+COUNTS = (1, 2, 3, 4, 5, 7, 8, 15, 33)
 again = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -107,6 +107,42 @@ def test_norm_gate_bias_and_residual_are_those_of_torch(
 
 @every_form
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("count", [1, 7, 8, 15, 33])
+def test_matrices_larger_than_a_tile_and_a_panel_have_no_seams(form: str, count: int) -> None:
+    linear, x = FORMS[form](weights.random(300, 1088)), inputs(count, 1088)
+    w = weights.whole(linear)
+    found, wanted = linear(x), x @ w.T
+    assert off(found, wanted, x, w) < CLOSE
+    usual = x.norm(dim=-1, keepdim=True) * w.norm(dim=-1) / 1088**0.5
+    assert ((found - wanted).abs() < 1e-3 * usual).all()
+
+
+@pytest.mark.parametrize("strategy", ["8bit", "4bit"])
+def test_a_row_gives_the_same_numbers_alone_and_in_company(strategy: str, kernels: str) -> None:
+    """What a model answers does not depend on who else asks, nor on how its prompt was cut."""
+    if kernels == "torch":
+        pytest.skip("torch promises no such thing")
+    linear, x = weights.quantized(strategy, weights.random(150, 640)), inputs(47, 640)
+    x[5, 100], x[9] = 1000.0, 0.0
+    together = linear(x)
+    for count in COUNTS:
+        for start in (0, 3, 14):
+            assert torch.equal(linear(x[start : start + count]), together[start : start + count])
+
+
+@every_form
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sums_as_large_as_they_can_be_do_not_overflow(form: str, count: int, sign: float) -> None:
+    linear, x = FORMS[form](torch.full((40, 128), sign)), torch.full((count, 128), 3.0)
+    x[:, 64:] *= -1.001
+    wanted = x @ weights.whole(linear).T
+    assert (linear(x) - wanted).abs().max() < CLOSE * 3 * 64
+
+
+@every_form
+@pytest.mark.usefixtures("kernels")
 def test_a_small_epsilon_and_small_numbers_are_normed_well(form: str) -> None:
     linear, x = FORMS[form](weights.random(64, 128)), inputs(3, 128) * 1e-3
     norm = torch.ones(128)
@@ -191,8 +227,9 @@ def test_the_same_product_gives_the_same_bytes_each_time(form: str) -> None:
 
 
 @every_form
-def test_threads_share_the_rows_without_gaps(form: str) -> None:
-    linear, x = FORMS[form](weights.random(101, 128)), inputs(6, 128)
+@pytest.mark.parametrize("count", [6, 9])
+def test_threads_share_the_rows_without_gaps(form: str, count: int) -> None:
+    linear, x = FORMS[form](weights.random(101, 128)), inputs(count, 128)
     wanted = linear(x)
     before = torch.get_num_threads()
     try:

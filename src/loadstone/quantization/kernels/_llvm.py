@@ -42,6 +42,12 @@ def as_float32(value: float) -> float:
     return float(rounded)
 
 
+def has_features(*names: str) -> bool:
+    """Tell whether this processor and its system have all of these features, by LLVM's names."""
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name, False) for name in names)
+
+
 class Kernel(ir.IRBuilder):  # type: ignore[misc]
     """A function being written: llvmlite's builder with loads, stores and loops over addresses held in I64."""
 
@@ -87,9 +93,37 @@ class Kernel(ir.IRBuilder):  # type: ignore[misc]
         """Store `value` at element `index` of the array at address `base`."""
         self.store(value, self._place(base, index, value.type)).align = 1
 
+    def get_where(self, mask: Any, base: Any, index: Any, kind: Any) -> Any:
+        """Load those elements of a vector that `mask` has; the others are zero, and may lie outside memory."""
+        none = constants(kind.element, [0] * kind.count)
+        name = f"llvm.masked.load.v{kind.count}{kind.element.intrinsic_name}.p0"
+        return self.intrinsic(name, kind, self._place(base, index, kind), I32(1), mask, none)
+
+    def put_where(self, mask: Any, value: Any, base: Any, index: Any) -> None:
+        """Store those elements of a vector that `mask` has."""
+        name = f"llvm.masked.store.v{value.type.count}{value.type.element.intrinsic_name}.p0"
+        self.intrinsic(name, VOID, value, self._place(base, index, value.type), I32(1), mask)
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for the line at an address to be brought into the second cache; nothing need be there."""
+        self.intrinsic("llvm.prefetch.p0", VOID, self.inttoptr(address, POINTER), I32(0), I32(2), I32(1))
+
     def pick(self, first: Any, second: Any, order: Sequence[int]) -> Any:
         """Return the elements of two vectors in the given order."""
         return self.shuffle_vector(first, second, constants(I32, order))
+
+    def beside(self, values: Sequence[Any]) -> Any:
+        """Return a vector of single values."""
+        found = ir.Constant(vector(values[0].type, len(values)), ir.Undefined)
+        for place, value in enumerate(values):
+            found = self.insert_element(found, value, I32(place))
+        return found
+
+    def space(self, size: int) -> Any:
+        """Return the address of `size` bytes that are this call's own, at the beginning of a cache line."""
+        place = self.alloca(ir.ArrayType(I8, size))
+        place.align = 64
+        return self.ptrtoint(place, I64)
 
     def splat(self, value: Any, length: int) -> Any:
         """Return `value` in every element of a vector."""

@@ -13,7 +13,7 @@ import torch
 from loadstone.telemetry import emit
 
 from .openmp import openmp_symbols
-from .words import AttentionWords, ProductWords, QuantizerWords
+from .words import SUMS, AttentionWords, ProductWords, QuantizerWords
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _lock = threading.Lock()
@@ -25,19 +25,24 @@ Run = Callable[[Any], None]
 class CpuKernels:
     """Compiled products, quantisers and attention. Tensors are contiguous and on the CPU; x and y are float32.
 
-    Calls are thread-safe: each makes its own scratch space.
+    Calls are thread-safe: each makes its own scratch space. `is_wide` says whether integers are multiplied in 512-bit
+    vectors; None asks the processor.
     """
 
-    def __init__(self) -> None:
-        from ._llvm import Compiled
-        from .products import BEFORE, build_products
+    def __init__(self, is_wide: bool | None = None) -> None:
+        from ._llvm import Compiled, has_features
+        from .activations import BEFORE
+        from .products import build_products
         from .quantizers import build_quantizers
 
+        wide = has_features("avx512bw", "avx512vnni") if is_wide is None else is_wide
+
         def write(module: Any) -> None:
-            build_products(module)
+            build_products(module, is_wide=wide)
             build_quantizers(module)
 
-        self._compiled = Compiled("products", write, openmp_symbols())
+        self.is_wide = wide
+        self._compiled = Compiled("products-wide" if wide else "products", write, openmp_symbols())
         names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
         names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int8") for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
@@ -59,15 +64,16 @@ class CpuKernels:
         before = ".normed" if norm is not None else ".gated" if gated else ""
         if scales is not None:
             scratch = torch.empty(count * columns, dtype=torch.int16)
-            more = torch.empty(count * columns // 64)
+            more = torch.empty(count * columns // 32)
+            sums = torch.empty(torch.get_num_threads() * SUMS * count)
         else:
             scratch = torch.empty(count * columns) if before else x
-            more = scratch
+            more = sums = scratch
         words = ProductWords(
             x=x.data_ptr(), weights=weight.data_ptr(), scales=_address(scales), y=y.data_ptr(),
             rows=rows, columns=columns, x_rows=count, scratch=scratch.data_ptr(), scratch_scales=more.data_ptr(),
             whole=_bits(scale), threads=torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
-            bias=_address(bias), residual=_address(residual),
+            bias=_address(bias), residual=_address(residual), sums=sums.data_ptr(),
         )  # fmt: skip
         self._functions[kind + before](_array(words))
         return y
@@ -186,27 +192,26 @@ def _wrong(kernels: CpuKernels) -> str | None:
     from loadstone.quantization.reference import dequantize_nf4
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 192, generator=generator)
-    weight = torch.randn(37, 192, generator=generator)
-
-    def product(kind: str, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-        return kernels.product(kind, x, weight, scales, rows=37, columns=192)
-
-    for dtype, name in NAMES.items():
-        kept = weight.to(dtype)
-        if not torch.allclose(product(name, kept), x @ kept.float().T, atol=1e-3):
-            return f"the {name} product disagrees with torch"
-    codes, absmax = torch.empty(37, 96, dtype=torch.uint8), torch.empty(37, 3)
+    rows, columns = 150, 576  # more than a tile, and than a panel, and not a whole number of either
+    weight = torch.randn(rows, columns, generator=generator)
+    codes, absmax = torch.empty(rows, columns // 2, dtype=torch.uint8), torch.empty(rows, columns // 64)
     kernels.quantize_nf4(weight, codes, absmax)
     half = absmax.half()
-    expected = x @ dequantize_nf4(codes, half, 1.0).T
-    if not torch.allclose(product("nf4", codes, half), expected, atol=2e-2):
-        return "the nf4 product disagrees with torch"
     whole = (weight * 20).round().clamp(-127, 127).to(torch.int8)
-    scales = torch.rand(37, generator=generator)
-    expected = x @ (whole.float() * scales[:, None]).T
-    if not torch.allclose(product("int8", whole, scales), expected, atol=2e-1):
-        return "the int8 product disagrees with torch"
+    scales = torch.rand(rows, generator=generator) / 20
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {
+        "nf4": (codes, half, dequantize_nf4(codes, half, 1.0)),
+        "int8": (whole, scales, whole.float() * scales[:, None]),
+    }
+    for dtype, name in NAMES.items():
+        cast = weight.to(dtype)
+        kept[name] = (cast, None, cast.float())
+    for count in (7, 15):  # 4 + 2 + 1 and 8 + 4 + 2 + 1: each group of rows that there is, for few rows and for many
+        x = torch.randn(count, columns, generator=generator)
+        for name, (packed, more, numbers) in kept.items():
+            found, expected = kernels.product(name, x, packed, more, rows=rows, columns=columns), x @ numbers.T
+            if not torch.allclose(found, expected, rtol=1e-4, atol=2e-2):
+                return f"the {name} product of {count} rows disagrees with torch"
     return None
 
 

@@ -1,9 +1,9 @@
 """y = x·Wᵀ for weights kept in 4 bits, 8 bits, or as floats: the loops that read every weight once.
 
-4 and 8 bits are multiplied in integers. Each block of 64 activations is scaled to 15 bits; an NF4 code becomes a
-15-bit number through two byte look-ups (PSHUFB); PMADDWD adds pairs of products in 32 bits. Eight products of
-16383² fit a 32-bit sum, so nothing overflows and nothing is rounded inside a block: against float32 the result is
-off by about 6e-5, a fiftieth of what bfloat16 activations would cost.
+4 and 8 bits are multiplied in integers, by `wide.py` where the processor has 512-bit ones, and else here. Each block
+of 64 activations is scaled to 15 bits; an NF4 code becomes a 15-bit number through two byte look-ups (PSHUFB); PMADDWD
+adds pairs of products in 32 bits. Eight products of 16383² fit a 32-bit sum, so nothing overflows and nothing is
+rounded inside a block: against float32 the result is off by about 6e-5, a fiftieth of what bfloat16 activations cost.
 
 What a decoder does just before and after a product is done here too, while the numbers are at hand: `name.normed`
 takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]; a bias and a residual are added to y.
@@ -11,12 +11,13 @@ takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from loadstone.quantization.codes import BLOCK, NF4
 
 from ._llvm import F16, F32, I8, I16, I32, I64, Kernel, as_float32, constants, vector
+from .activations import BEFORE, prepare
+from .wide import build_wide_products
 from .words import ProductWords
 
 LIMIT = 16383  # 15 bits: eight products of two such numbers fit a signed 32-bit sum
@@ -30,10 +31,13 @@ _HIGH = [index for half in (0, 16) for j in range(8, 16) for index in (half + j,
 ORDER = [2 * (half + eight + j) + odd for odd in (0, 1) for eight in (0, 8) for half in (0, 16) for j in range(8)]
 
 
-def build_products(module: Any) -> None:
+def build_products(module: Any, *, is_wide: bool) -> None:
     """Add `nf4`, `int8`, `float32`, `bfloat16` and `float16` to the module, each plain, `.normed` and `.gated`."""
-    _integer_product(module, "nf4", _nf4_block, weight_bits=4, order=ORDER)
-    _integer_product(module, "int8", _int8_block, weight_bits=8, order=list(range(BLOCK)))
+    if is_wide:
+        build_wide_products(module)
+    else:
+        _integer_product(module, "nf4", _nf4_block, weight_bits=4, order=ORDER)
+        _integer_product(module, "int8", _int8_block, weight_bits=8, order=list(range(BLOCK)))
     for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
         _float_product(module, name, size)
 
@@ -65,8 +69,8 @@ def _integer_product(module: Any, name: str, unpack: Any, *, weight_bits: int, o
     rows = {count: _integer_rows(module, f"{name}.rows{count}", unpack, weight_bits, count) for count in ROWS_AT_ONCE}
     worker = _tiles(module, f"{name}.worker", rows)
     for suffix, before in BEFORE.items():
-        scale = _prepare(
-            module, f"{name}.prepare{suffix}", before, lambda k, index, values: _scaled(k, index, values, order)
+        scale = prepare(
+            module, f"{name}.prepare{suffix}", before, lambda k, m, c, values: _scaled(k, m, c, values, order)
         )
         k = Kernel(module, name + suffix, ProductWords)
         k.call(scale, [k.arguments])
@@ -74,56 +78,9 @@ def _integer_product(module: Any, name: str, unpack: Any, *, weight_bits: int, o
         k.done()
 
 
-# What is done to x before the product: each takes (kernel, row, K) and returns what gives 64 values from column c.
-Values = Callable[[Any], Any]
-
-
-def _plain(k: Kernel, m: Any, columns: Any) -> Values:
-    x = k.add(k.word("x"), k.mul(m, k.mul(columns, I64(4))))
-    return lambda c: k.get(x, c, vector(F32, BLOCK))
-
-
-def _normed(k: Kernel, m: Any, columns: Any) -> Values:
-    values, weights = _plain(k, m, columns), k.word("norm")
-    zeros = constants(F32, [0.0] * BLOCK)
-    squares = k.loop(I64(0), columns, BLOCK, lambda c, total: [k.fma(values(c), values(c), total)], zeros)[0]
-    mean = k.fdiv(k.sum(squares), k.sitofp(columns, F32))
-    root = k.intrinsic("llvm.sqrt.f32", F32, k.fadd(mean, k.float_word("epsilon")))
-    factor = k.splat(k.fdiv(F32(1.0), root), BLOCK)
-    return lambda c: k.fmul(k.fmul(values(c), factor), k.get(weights, c, vector(F32, BLOCK)))
-
-
-def _gated(k: Kernel, m: Any, columns: Any) -> Values:
-    gate = k.add(k.word("x"), k.mul(m, k.mul(columns, I64(8))))
-    up = k.add(gate, k.mul(columns, I64(4)))
-    one = constants(F32, [1.0] * BLOCK)
-
-    def values(c: Any) -> Any:
-        opened = k.get(gate, c, vector(F32, BLOCK))
-        silu = k.fdiv(opened, k.fadd(one, k.exponential(k.fneg(opened))))
-        return k.fmul(silu, k.get(up, c, vector(F32, BLOCK)))
-
-    return values
-
-
-BEFORE = {"": _plain, ".normed": _normed, ".gated": _gated}
-
-
-def _prepare(module: Any, name: str, before: Any, write: Any) -> Any:
-    """Write the activations that the product is to meet, a block of 64 at a time."""
-    k = Kernel(module, name, ProductWords)
-    columns, count = k.words("columns", "x_rows")
-
-    def row(m: Any) -> None:
-        values = before(k, m, columns)
-        k.loop(I64(0), columns, BLOCK, lambda c: write(k, k.add(k.mul(m, columns), c), values(c)))
-
-    k.loop(I64(0), count, 1, row)
-    return k.done()
-
-
-def _scaled(k: Kernel, index: Any, values: Any, order: list[int]) -> None:
+def _scaled(k: Kernel, m: Any, c: Any, values: Any, order: list[int]) -> None:
     """Write 64 activations as 15-bit numbers in `order`, and their scale."""
+    index = k.add(k.mul(m, k.word("columns")), c)
     most = k.largest(k.magnitude(values))
     factor = k.select(k.fcmp_ordered(">", most, F32(as_float32(1e-30))), k.fdiv(F32(LIMIT), most), F32(0.0))
     rounded = k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), k.fmul(values, k.splat(factor, BLOCK)))
@@ -203,7 +160,11 @@ def _float_prepare(module: Any, suffix: str, before: Any) -> Any:
     name = f"floats.prepare{suffix}"
     if name in module.globals:
         return module.globals[name]
-    return _prepare(module, name, before, lambda k, index, values: k.put(values, k.word("scratch"), index))
+
+    def write(k: Kernel, m: Any, c: Any, values: Any) -> None:
+        k.put(values, k.word("scratch"), k.add(k.mul(m, k.word("columns")), c))
+
+    return prepare(module, name, before, write)
 
 
 def load_floats(k: Kernel, name: str, base: Any, index: Any, length: int) -> Any:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+SUMS = 128  # rows of W of which a thread keeps sums of products with all rows of x
+
 
 class ProductWords(NamedTuple):
     """y = f(x)·Wᵀ + bias + residual, for M = `x_rows` rows of x, K = `columns` and N = `rows` of W."""
@@ -19,13 +21,14 @@ class ProductWords(NamedTuple):
     columns: int
     x_rows: int
     scratch: int  # what W is multiplied with: int16 or float32, M × K
-    scratch_scales: int  # float32, M × K/64, beside an int16 scratch
+    scratch_scales: int  # beside an int16 scratch: M × K/64 × 2 words, each pair a float32 scale and what wide.py adds
     whole: int  # a float: the scale of all of W
     threads: int
     norm: int  # float32, K, or 0
     epsilon: int  # a float: the norm's
     bias: int  # float32, N, or 0
     residual: int  # float32, M × N, or 0
+    sums: int  # scratch: float32, threads × SUMS × M; 0 where there is no need
 
 
 class QuantizerWords(NamedTuple):

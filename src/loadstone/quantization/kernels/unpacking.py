@@ -1,0 +1,149 @@
+"""Sixteen rows of W, a row a lane: 4- and 8-bit weights unpacked to pairs of 16-bit numbers for 512-bit products.
+
+Rows are read 32 bits at a time and turned, so that a vector holds one such word of sixteen rows. A word's numbers
+become pairs of 16 bits by shifts and, for NF4, one look-up of 32 codes (VPERMW). The activations of a block are put
+in the order in which the pairs then stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loadstone.quantization.codes import BLOCK, NF4
+
+from ._llvm import F16, F32, I16, I32, I64, Kernel, constants, vector
+
+LANES = 16  # rows of W in a vector
+PAIRS = BLOCK // 2
+LINE = 64  # bytes of a cache's line
+# NF4's largest number. Of all scales, this one makes the sum of two errors smallest: that of rounding NF4's values
+# times the scale (they happen to lie near whole numbers), and that of activations, which have the fewer bits the larger
+# this is: the sum over a block is to fit 32 bits.
+NF4_SCALE = 6282.75
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kind of weights is unpacked; `unpack` takes (kernel, rows, block) and returns PAIRS vectors of 16 pairs."""
+
+    name: str
+    bits: int  # a weight
+    largest: int  # magnitude of a number after unpacking
+    order: Sequence[int]  # the columns of a block, in the order of the pairs
+    unpack: Callable[[Kernel, list[Any], Any], list[Any]]
+
+    @property
+    def has_block_scales(self) -> bool:
+        """Tell whether each block has a scale of its own, rather than each row."""
+        return self.bits == 4
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of 64 weights of a row."""
+        return BLOCK * self.bits // 8
+
+
+class Rows:
+    """Sixteen rows of W from `first` on; beyond the last of W, that one again."""
+
+    def __init__(self, k: Kernel, form: Form, first: Any) -> None:
+        self.k, self.form = k, form
+        self.blocks = k.udiv(k.word("columns"), I64(BLOCK))
+        self._last = k.sub(k.word("rows"), I64(1))
+        self._read = [self._begins("weights", first, form.block_bytes)]
+        if form.has_block_scales:
+            self._read.append(self._begins("scales", first, 2))
+
+    def _begins(self, name: str, first: Any, block_bytes: int) -> tuple[int, list[Any]]:
+        """Return how many bytes a block has, and where each row begins."""
+        k = self.k
+        base, size = k.word(name), k.mul(self.blocks, I64(block_bytes))
+        rows = [k.least(k.add(first, I64(lane)), self._last) for lane in range(LANES)]
+        return block_bytes, [k.add(base, k.mul(row, size)) for row in rows]
+
+    def block(self, b: Any) -> tuple[list[Any], Any]:
+        """Return block b as PAIRS vectors of sixteen pairs, and its scales (float32)."""
+        k = self.k
+        pairs = [k.bitcast(pair, vector(I32, LANES)) for pair in self.form.unpack(k, self._read[0][1], b)]
+        if not self.form.has_block_scales:
+            return pairs, constants(F32, [1.0] * LANES)
+        bits = k.beside([k.get(row, b, I16) for row in self._read[1][1]])
+        return pairs, k.fpext(k.bitcast(bits, vector(F16, LANES)), vector(F32, LANES))
+
+    def ask_for_next_rows(self, b: Any) -> None:
+        """Ask memory for the b-th part of the sixteen rows after these, in the order in which they lie there."""
+        k = self.k
+        for block_bytes, rows in self._read:
+            part = LANES * block_bytes
+            place = k.add(rows[0], k.mul(k.add(self.blocks, b), I64(part)))
+            for line in range(0, part, LINE):
+                k.prefetch(k.add(place, I64(line)))
+
+    def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
+        """Ask memory for the block that is `ahead` after b in these rows, or where they end, `tile` rows further."""
+        k = self.k
+        for block_bytes, rows in self._read:
+            size = k.mul(self.blocks, I64(block_bytes))
+            place = k.mul(k.add(b, I64(ahead)), I64(block_bytes))
+            further = k.add(place, k.mul(size, I64(tile - 1)))
+            place = k.select(k.icmp_signed("<", place, size), place, further)
+            for row in rows:
+                k.prefetch(k.add(row, place))
+
+
+def _in_quarters(*places: int) -> list[int]:
+    return [4 * quarter + place for quarter in range(4) for place in places]
+
+
+# VPUNPCKL/HDQ and VPUNPCKL/HQDQ.
+_BY_WORDS = (_in_quarters(0, 16, 1, 17), _in_quarters(2, 18, 3, 19))
+_BY_TWO_WORDS = (_in_quarters(0, 1, 16, 17), _in_quarters(2, 3, 18, 19))
+
+
+def _turned(k: Kernel, rows: list[Any], index: Any) -> list[Any]:
+    """Return eight vectors: the n-th holds the 32-bit word at `index` + n of all sixteen rows.
+
+    Shuffles within a quarter of a register are the cheap ones: four rows are turned in each quarter, and quarters
+    are exchanged once, at the end.
+    """
+    eights = []
+    for base in (0, 8):
+        rows_of = [k.get(row, index, vector(I32, 8)) for row in rows[base : base + 8]]
+        a, b, c, d = (k.pick(rows_of[i], rows_of[i + 4], range(16)) for i in range(4))
+        halves = [(k.pick(a, b, order), k.pick(c, d, order)) for order in _BY_WORDS]
+        eights.append([k.pick(*half, order) for half in halves for order in _BY_TWO_WORDS])
+    even = [16 * half + 8 * quarter + i for half in (0, 1) for quarter in (0, 1) for i in range(4)]
+    odd = [place + 4 for place in even]
+    return [k.pick(eights[0][i], eights[1][i], order) for order in (even, odd) for i in range(4)]
+
+
+def _nf4(k: Kernel, rows: list[Any], block: Any) -> list[Any]:
+    # A look-up heeds five bits of each 16; the fifth is of another code, so the table stands there twice.
+    table = constants(I16, [round(value * NF4_SCALE) for value in NF4] * 2)
+    pairs = []
+    for word in _turned(k, rows, k.mul(block, I64(8))):
+        for shift in range(0, 16, 4):
+            codes = k.bitcast(k.lshr(word, constants(I32, [shift] * LANES)), vector(I16, 2 * LANES))
+            pairs.append(k.intrinsic("llvm.x86.avx512.permvar.hi.512", codes.type, table, codes))
+    return pairs
+
+
+def _int8(k: Kernel, rows: list[Any], block: Any) -> list[Any]:
+    eight = constants(I16, [8] * 2 * LANES)
+    pairs = []
+    for part in (0, 8):
+        for word in _turned(k, rows, k.add(k.mul(block, I64(16)), I64(part))):
+            numbers = k.bitcast(word, vector(I16, 2 * LANES))
+            pairs += [k.ashr(k.shl(numbers, eight), eight), k.ashr(numbers, eight)]
+    return pairs
+
+
+# Nibble n of a word is column n ^ 1: the first of two codes is in the high nibble.
+_NF4_ORDER = [8 * word + (nibble ^ 1) for word in range(8) for low in range(4) for nibble in (low, low + 4)]
+_INT8_ORDER = [4 * word + byte for word in range(16) for low in (0, 1) for byte in (low, low + 2)]
+FORMS = (
+    Form("nf4", 4, round(NF4_SCALE), _NF4_ORDER, _nf4),
+    Form("int8", 8, 128, _INT8_ORDER, _int8),
+)
