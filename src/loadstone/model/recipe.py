@@ -34,13 +34,16 @@ class Part:
 
 
 def parts_of(spec: ModelSpec) -> tuple[Part, ...]:
-    """Return the parts of the decoder, in the order of the computation."""
+    """Return the parts of the decoder, in the order in which they are made.
+
+    The two largest come first: what is made last has nothing beside it while it is written.
+    """
     parts = [Part("embedding", "embedding", ("model.embed_tokens.weight",))]
+    if not spec.tied_embeddings:
+        parts.append(Part("lm_head", "lm_head", ("lm_head.weight",)))
     for index in range(spec.layers):
         parts += _layer_parts(spec, f"layers.{index}", f"model.layers.{index}")
     parts.append(Part("norm", VECTOR, ("model.norm.weight",)))
-    if not spec.tied_embeddings:
-        parts.append(Part("lm_head", "lm_head", ("lm_head.weight",)))
     return tuple(parts)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ALIGNMENT = 64  # bytes: every tensor begins on a line of the processor's cache
 BYTES_A_NAME = 320  # of the header, for each tensor; those of a decoder take half of it
 FLUSH_SECONDS = 0.3
+AT_ONCE = 8 << 20  # bytes written at a time: a write keeps all others of its file waiting
 _STORED_TYPES = {name: stored for stored, name in TORCH_TYPES.items()}
 _BINARY: int = getattr(os, "O_BINARY", 0)
 
@@ -88,7 +89,7 @@ class Draft:
     def _write(self, raw: memoryview, offset: int) -> None:
         done = 0
         while done < len(raw):
-            done += _write_at(self._file, raw[done:], offset + done)
+            done += _write_at(self._file, raw[done : done + AT_ONCE], offset + done)
 
     def publish(self, place: Path, manifest: Manifest) -> Entry:
         """Finish the entry and give it its name; return it, or the one of that name that was there already.
