@@ -72,3 +72,13 @@ def test_the_8_bit_product_of_cuda_is_close_to_the_weights(dtype: torch.dtype) -
     found = _bitsandbytes.int8_product(x, linear.weight, linear.scales)
     assert found.dtype == dtype
     assert weights.relative(found.float(), x.float() @ weights.whole(linear).T) < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_its_tensors_and_facts_make_is_the_same_weight(dtype: torch.dtype) -> None:
+    """As the store keeps it and gives it back."""
+    made = quantized(weights.random(96, 256), dtype=dtype)
+    restored = find_strategy("4bit").restore("linear", made.tensors(), made.facts, dtype)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert isinstance(restored, BitsandbytesNf4)
+    assert torch.equal(restored(x), made(x))

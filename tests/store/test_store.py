@@ -291,7 +291,7 @@ def test_after_a_restart_of_the_system_an_entry_is_read_once(
 ) -> None:
     """A disk may say that it has written what it has not."""
     before = loads.answer(loads.load(folder, store))
-    for place in ("store.store", "model.keeping"):
+    for place in ("store.restart", "model.keeping"):
         monkeypatch.setattr(f"loadstone.{place}.boot_id", lambda: "another")
     loads.load(folder, store)
     loads.load(folder, store)
@@ -396,3 +396,27 @@ def test_an_entry_is_loaded_to_a_device_by_copying(folder: Path, store: Store) -
     copied_to, mapped = entry.load(torch.device("cpu")), Attached(entry).tensors
     assert copied_to.keys() == mapped.keys()
     assert all(torch.equal(copied_to[name], tensor) for name, tensor in mapped.items())
+
+
+def test_the_form_of_gpus_comes_back_from_the_store(
+    folder: Path, store: Store, events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes' own form, packed, kept and restored on the processor."""
+    from loadstone.quantization._bitsandbytes import BitsandbytesNf4, BitsandbytesPacking
+    from loadstone.quantization.nf4 import Nf4
+
+    packing = Nf4.packing
+
+    def on_gpu(self, part, rows, columns, *, source, device, dtype):  # type: ignore[no-untyped-def]
+        if part != "linear":
+            return packing(self, part, rows, columns, source=source, device=device, dtype=dtype)
+        return BitsandbytesPacking(rows, columns, device, dtype)
+
+    monkeypatch.setattr(Nf4, "packing", on_gpu)
+    plain = loads.load(folder, None)
+    assert isinstance(plain.layers[0].down.weight, BitsandbytesNf4)
+    for _ in range(2):
+        decoder = loads.load(folder, store)
+        assert isinstance(decoder.layers[0].down.weight, BitsandbytesNf4)
+        assert loads.answer(decoder) == loads.answer(plain)
+    assert names(events) == ["store.made", "store.hit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -71,6 +72,49 @@ def test_a_process_killed_at_any_moment_leaves_no_half_entry(
     assert len(store.entries()) == (1 if (call, count) == ("fsync", 5) else 0)
     assert loads.answer(loads.load(folder, store)) == answer
     assert is_clean(store)
+
+
+def test_everything_is_on_the_disk_before_it_has_a_name(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power can leave: the order of synchronising and renaming, as the system was asked for it."""
+    asked: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(file: int) -> None:
+        asked.append(f"sync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+        fsync(file)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        asked.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    loads.load(folder, store)
+    draft = asked[3].removeprefix("sync ")
+    assert asked == ["sync weights.safetensors", "sync manifest.json", "sync used", f"sync {draft}", "rename", "sync entries"]
+
+
+def test_processes_share_the_memory_of_an_entry(folder: Path, store: Store) -> None:
+    """Two decoders in two processes: the pages are those of the page cache, and nobody's own."""
+    decoder = loads.load(folder, store)
+    loads.answer(decoder)
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(tiny.__file__).parent)]!r}
+import loads
+from pathlib import Path
+from loadstone.store import Store
+decoder = loads.load(Path({str(folder)!r}), Store(Path({str(store.folder)!r})))
+loads.answer(decoder)
+at = [part for part in open("/proc/self/smaps").read().split("VmFlags") if "weights.safetensors" in part][0]
+print({{line.split(":")[0]: int(line.split()[1]) for line in at.splitlines() if line.endswith(" kB")}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    sizes = ast.literal_eval(done.stdout)
+    assert sizes["Shared_Clean"] > 0
+    assert sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("something else")])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loadstone._blake3 import digest, digest_of_all
+from loadstone.telemetry import Progress
 
 from .weights import Piece, Weights
 from .workers import in_threads
@@ -45,11 +46,13 @@ class TensorDigests:
 def same_content(weights: Weights, wanted: Mapping[str, str]) -> bool:
     """Tell whether the tensors named in `wanted` have these digests, reading no further than the first that has not.
 
-    Small tensors are looked at first: a model trained on from another differs in one of them sooner or later.
+    Emits `load.progress`. Small tensors are looked at first: a model trained on from another differs in one of them sooner or later.
     """
     pieces = {name: weights.pieces(name) for name in wanted}
     by_size = sorted(wanted, key=lambda name: sum(piece.nbytes for piece in pieces[name]))
     left = {name: len(found) for name, found in pieces.items()}
+    total = sum(piece.nbytes for found in pieces.values() for piece in found)
+    progress = Progress("load.progress", total, len(pieces), phase="compare")
     digests, lock = TensorDigests(), threading.Lock()
 
     def compare(piece: Piece, buffer: Buffer) -> None:
@@ -60,6 +63,7 @@ def same_content(weights: Weights, wanted: Mapping[str, str]) -> bool:
             is_whole = left[name] == 0
         if is_whole and digests.of(name) != wanted[name]:
             raise _DifferentError
+        progress.add(piece.nbytes, is_last_of_tensor=is_whole)
 
     try:
         in_threads(

@@ -10,9 +10,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from .disk import Buffer
+
+if TYPE_CHECKING:
+    import torch
 
 Task = TypeVar("Task")
 
@@ -46,6 +49,15 @@ def in_threads(
             shared.is_over.set()
     for future in done:
         future.result()
+
+
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Return what a thread runs in whose copies to `device` are to overlap with those of others: a stream of its own."""
+    if device.type != "cuda":
+        return nullcontext()
+    import torch
+
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 class _Shared(Generic[Task]):

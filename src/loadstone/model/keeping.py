@@ -98,7 +98,7 @@ class Keeping:
         with draft, open_weights(self.spec) as weights:
             digests = pack(self.plan, self.spec, self.parts, weights, take)
             manifest = self._manifest(digests, about)
-            entry = _writing(lambda: draft.publish(self.store.place_of(manifest.key), manifest))
+            entry = _writing(lambda: draft.publish(self.store.free_place(manifest.key), manifest))
         self.store.remember(self.spec, look, digests)
         self.store.keep_within_limit(entry)
         give_back()  # what packing left behind in the allocator

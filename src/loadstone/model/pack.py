@@ -6,9 +6,8 @@ Peak memory beside the finished parts is a few buffers, and what a strategy hold
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -19,12 +18,12 @@ from loadstone.checkpoint.digests import TensorDigests
 from loadstone.checkpoint.disk import Buffer
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.checkpoint.weights import Piece
-from loadstone.checkpoint.workers import in_threads
+from loadstone.checkpoint.workers import in_threads, own_stream
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
 from loadstone.quantization.base import Packing
 from loadstone.quantization.kernels.openmp import compute_alone
-from loadstone.telemetry import emit
+from loadstone.telemetry import Progress, emit
 
 from .recipe import VECTOR, Kept, Part
 
@@ -76,7 +75,9 @@ class _Packer:
         self.device = torch.device(plan.device.torch_name)
         self.dtype: torch.dtype = getattr(torch, plan.settings.compute_dtype)
         self.digests = TensorDigests()
-        self.progress = Progress("quantise", sum(tensor.nbytes for tensor in spec.tensors.values()))
+        self.left = {name: len(weights.pieces(name)) for name in spec.tensors}
+        total = sum(tensor.nbytes for tensor in spec.tensors.values())
+        self.progress = Progress("load.progress", total, len(spec.tensors), phase="quantise")
         self._lock = threading.Lock()
 
     def run(self) -> dict[str, str]:
@@ -114,10 +115,11 @@ class _Packer:
         making.packing.add(row, numbers.to(self._type(piece.tensor.dtype)))
         with self._lock:
             making.left -= 1
-            is_whole = making.left == 0
+            self.left[piece.tensor.name] -= 1
+            is_whole, is_last = making.left == 0, self.left[piece.tensor.name] == 0
         if is_whole:
             self._finish(making)
-        self.progress.add(piece.nbytes)
+        self.progress.add(piece.nbytes, is_last_of_tensor=is_last)
 
     def _finish(self, making: _Making) -> None:
         made = making.packing.finish()
@@ -128,25 +130,6 @@ class _Packer:
         """Return the type that numbers of a type on disk are packed from."""
         packed = _PACKED_KEPT_AS if self.strategy.name == "none" else torch.float32
         return _FLOATS.get(stored, packed)
-
-
-class Progress:
-    """Tells by events how far a phase of a load is; safe to use from several threads."""
-
-    def __init__(self, phase: str, total: int) -> None:
-        self._phase, self._total, self._done = phase, total, 0
-        self._started = time.perf_counter()
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        """Tell that `nbytes` more bytes are done."""
-        with self._lock:  # held while telling: what is told only grows
-            self._done += nbytes
-            seconds = time.perf_counter() - self._started
-            emit(
-                "load.progress", phase=self._phase, done=self._done, total=self._total,
-                seconds_left=seconds * (self._total - self._done) / max(self._done, 1),
-            )  # fmt: skip
 
 
 def warn_of_numbers(part: Part) -> None:
@@ -164,6 +147,4 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _computing_alone(device: torch.device) -> AbstractContextManager[object]:
     """Return what a loading thread runs in: no helpers on the processor, a stream of its own on a GPU."""
     compute_alone()
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return own_stream(device)

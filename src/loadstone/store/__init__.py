@@ -14,7 +14,8 @@ An entry appears under `entries` by a rename, after all its bytes are on the dis
 from .attached import Attached
 from .entry import DamagedError, Entry, Kind, Manifest, size_of
 from .known import Look
-from .store import Store, StoreUnavailableError, boot_id, open_store
+from .restart import boot_id
+from .store import Store, StoreUnavailableError, open_store
 
 __all__ = [
     "Attached",

@@ -140,15 +140,17 @@ def _joined(stretches: Sequence[_Stretch]) -> list[_Stretch]:
 
 
 def _fetch(mapping: mmap.mmap, stretch: _Stretch) -> None:
-    """Have the system read a stretch, and map its pages where they are wanted so; advice, and no more than that."""
+    """Have the system read a stretch, and keep its pages mapped where they are wanted so; advice, no more than that."""
     import torch
 
     start = stretch.start // PAGE * PAGE
     length = stretch.stop - start
-    if stretch.is_mapped and sys.platform == "linux":
+    if sys.platform == "linux":
         whole = torch.frombuffer(mapping, dtype=torch.uint8)  # its address; the GIL is free during the call
         place, size = ctypes.c_void_p(whole.data_ptr() + start), ctypes.c_size_t(length)
         if ctypes.CDLL(None).madvise(place, size, POPULATE_READ) == 0:
+            if not stretch.is_mapped:
+                mapping.madvise(mmap.MADV_DONTNEED, start, length)
             return
     if hasattr(mmap, "MADV_WILLNEED"):
         mapping.madvise(mmap.MADV_WILLNEED, start, length)

@@ -6,7 +6,6 @@ Knows names, tensors and facts, not what a strategy makes of them. `attached.py`
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from loadstone._blake3 import Digest, digest_of_facts
 from loadstone.checkpoint import safetensors
 from loadstone.checkpoint.disk import Buffer, FileReader
 from loadstone.checkpoint.spec import TensorInfo
-from loadstone.checkpoint.workers import in_threads
+from loadstone.checkpoint.workers import in_threads, own_stream
 from loadstone.errors import CheckpointError
-from loadstone.telemetry import emit
+from loadstone.telemetry import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -139,14 +138,15 @@ class Entry:
         Emits `store.progress` after each stretch.
         """
         header, wrong = self.header(), []
-        tell = _Progress("verify", self.manifest, sum(tensor.nbytes for tensor in header.values()))
+        about = {"phase": "verify", "model": self.manifest.name, "strategy": self.manifest.strategy}
+        progress = Progress("store.progress", sum(one.nbytes for one in header.values()), len(header), **about)
         with FileReader(self.weights) as reader:
 
             def check(tensor: TensorInfo, buffer: Buffer) -> None:
                 found = Digest()
                 for start, length in _stretches(tensor.nbytes):
                     found.update(reader.read(tensor.offset + start, length, buffer).numpy())
-                    tell.add(length)
+                    progress.add(length, is_last_of_tensor=start + length == tensor.nbytes)
                 if found.hex() != self.manifest.tensors[tensor.name]:
                     wrong.append(tensor.name)
 
@@ -175,22 +175,10 @@ class Entry:
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()  # the buffer is used again
 
-            in_threads(tasks, copy, buffer_bytes=STRETCH, is_pinned=device.type == "cuda")
+            in_threads(
+                tasks, copy, buffer_bytes=STRETCH, is_pinned=device.type == "cuda", around=lambda: own_stream(device)
+            )
         return found
-
-
-class _Progress:
-    """Tells by events how far the reading of an entry is; safe to use from several threads."""
-
-    def __init__(self, phase: str, manifest: Manifest, total: int) -> None:
-        self._about = {"phase": phase, "model": manifest.name, "strategy": manifest.strategy, "total": total}
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:  # held while telling: what is told only grows
-            self._done += nbytes
-            emit("store.progress", done=self._done, **self._about)
 
 
 def size_of(folder: Path) -> int:

@@ -18,7 +18,7 @@ from loadstone.checkpoint.digests import same_content
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.config import StoreConfig
 from loadstone.folders import cache_folder
-from loadstone.telemetry import emit, timed
+from loadstone.telemetry import emit
 from loadstone.units import format_size
 
 from .attached import Attached
@@ -27,8 +27,7 @@ from .entry import MANIFEST, USED, DamagedError, Entry, Kind, size_of
 from .known import KnownFiles, Look
 from .light import LightModel, LightModels
 from .locks import exclusive, is_free, open_alone
-
-CHECKED = "checked"  # a file in an entry that was read and found whole after the system was started anew
+from .restart import verify_after_restart
 
 
 class StoreUnavailableError(Exception):
@@ -120,7 +119,7 @@ class Store:
     def attach(self, entry: Entry) -> Attached | None:
         """Return an entry's tensors, mapped; None when it turns out to be damaged, which sets it aside, or gone."""
         try:
-            self._check_after_restart(entry)
+            verify_after_restart(entry)
             attached = Attached(entry)
         except DamagedError as error:
             self.set_aside(entry.folder, str(error))
@@ -135,20 +134,6 @@ class Store:
         """Note that an entry was used now, where that can be written."""
         with suppress(OSError):
             os.utime(entry.folder / USED)
-
-    def _check_after_restart(self, entry: Entry) -> None:
-        """Read all of an entry once when the system was started anew since it was written.
-
-        Its bytes were on the disk before it had a name; this is for disks that say so and lie. What nobody can write
-        was not written by a process that a crash could have ended.
-        """
-        checked = entry.folder / CHECKED
-        if entry.manifest.boot == boot_id() or checked.exists() or not os.access(entry.folder, os.W_OK):
-            return
-        with timed("store.verify", model=entry.manifest.name, reason="first use since the system was started"):
-            entry.verify()
-        with suppress(OSError):
-            checked.touch()
 
     def set_aside(self, folder: Path, reason: str) -> None:
         """Move a damaged entry out of the way, so that it is made again."""
@@ -184,7 +169,7 @@ class Store:
         with _unavailable("the store cannot be written"):
             return Draft(folder, most_tensors=most_tensors, nbytes=nbytes)
 
-    def place_of(self, key: str) -> Path:
+    def free_place(self, key: str) -> Path:
         """Return the folder for the entry with this key, having set aside what stands there and is none."""
         self._entry(key)
         return self.folder / "entries" / key
@@ -297,14 +282,6 @@ def open_store(wish: StoreConfig) -> Store | None:
         return None
     folder = Path(os.path.abspath(os.path.expanduser(wish.folder))) if wish.folder else cache_folder() / "store"
     return Store(folder, max_size=wish.max_size)
-
-
-def boot_id() -> str:
-    """Return what is different after each start of the system, or nothing where no such thing is known."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return ""
 
 
 @contextmanager
