@@ -79,12 +79,11 @@ class LoadedModel:
         return resolve_generation(said)
 
     def _kept(self) -> dict[str, Any] | None:
-        """Return the entry of the store that the weights are in, or None where they are only in memory."""
-        attached = self.decoder.attached
-        if attached is None:
+        """Return the entry of the store that the weights are in, or None where they are only in memory (yet)."""
+        entry = self.decoder.entry
+        if entry is None:
             return None
-        manifest = attached.entry.manifest
-        return {"key": manifest.key, "folder": str(attached.entry.folder), "made": manifest.made}
+        return {"key": entry.manifest.key, "folder": str(entry.folder), "made": entry.manifest.made}
 
     def info(self) -> dict[str, Any]:
         """Return what this model is, as plain values: see `ModelManager.get_model_info`."""

@@ -186,7 +186,7 @@ def load_row(cli, *arguments: str) -> str:
 
 def test_the_load_row_says_where_the_weights_came_from(cli, store_folder, small_model):
     """Made at the first load, taken at the second; unquantised weights come from the files without a word."""
-    assert load_row(cli, str(small_model)).endswith(" s, quantised and kept")
+    assert load_row(cli, str(small_model)).endswith(" s, quantised, and kept for the next time")
     assert load_row(cli, str(small_model)).endswith(" s, from the store")
     assert load_row(cli, str(small_model), "--quantization", "none").endswith(" s")
 

@@ -36,10 +36,12 @@ IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def load(folder: Path, store: Store | None, strategy: str = "4bit") -> Decoder:
-    """Load the checkpoint in `folder` through `store`."""
+    """Load the checkpoint in `folder` through `store`, and wait until it is kept."""
     spec = inspect(resolve(str(folder)))
     wish = LoadConfig(base_model=str(folder), quantization=strategy, context=64)
-    return build(plan(wish, spec, CPU, SETTINGS, runtime_bytes=0, resident_bytes=0), spec, store)
+    decoder = build(plan(wish, spec, CPU, SETTINGS, runtime_bytes=0, resident_bytes=0), spec, store)
+    decoder.settle()
+    return decoder
 
 
 def answer(decoder: Decoder) -> str:

@@ -46,7 +46,8 @@ class TensorDigests:
 def same_content(weights: Weights, wanted: Mapping[str, str]) -> bool:
     """Tell whether the tensors named in `wanted` have these digests, reading no further than the first that has not.
 
-    Emits `load.progress`. Small tensors are looked at first: a model trained on from another differs in one of them sooner or later.
+    Emits `load.progress`. Small tensors are looked at first: a model trained on from another differs in one of them
+    sooner or later.
     """
     pieces = {name: weights.pieces(name) for name in wanted}
     by_size = sorted(wanted, key=lambda name: sum(piece.nbytes for piece in pieces[name]))

@@ -52,7 +52,7 @@ def in_threads(
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """Return what a thread runs in whose copies to `device` are to overlap with those of others: a stream of its own."""
+    """Return what a thread runs in whose copies to `device` are to overlap with others': a stream of its own."""
     if device.type != "cuda":
         return nullcontext()
     import torch

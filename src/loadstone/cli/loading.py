@@ -44,7 +44,7 @@ def loaded(configuration: ConfigManager) -> Iterator[Ready]:
 
     with ModelManager(configuration) as manager:
         started = time.perf_counter()
-        with heard("store.hit", "store.made", "store.warning") as events, shown_progress("Looking at the model"):
+        with heard("store.hit", "store.keeping", "store.warning") as events, shown_progress("Looking at the model"):
             _, model = manager.load_base_model()
         load_s = time.perf_counter() - started
         weights = sum(model.decoder.weight_bytes().values())
@@ -57,8 +57,8 @@ def _weights_from(model: LoadedModel, events: Sequence[Event]) -> str:
     names = {event.name for event in events}
     if "store.hit" in names:
         return "from the store"
-    if "store.made" in names:
-        return "quantised and kept"
+    if "store.keeping" in names:
+        return "quantised, and kept for the next time"
     if not can_be_kept(model.plan):
         return ""
     causes = [event.fields["cause"] for event in events if "cause" in event.fields]

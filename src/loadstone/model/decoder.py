@@ -14,10 +14,11 @@ import torch
 
 from loadstone.quantization.kernels.cpu import Tokens, cpu_kernels
 from loadstone.quantization.linear import Linear
-from loadstone.store import Attached
+from loadstone.store import Attached, Entry
 
 from .attention import attend
 from .cache import KVCache
+from .publishing import Publishing
 from .rope import rotate
 
 functional = torch.nn.functional
@@ -83,6 +84,7 @@ class Decoder:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     attached: Attached | None = None  # the entry of the store that the weights are in, as long as they are used
+    publishing: Publishing | None = None  # who writes them into the store, where they had to be made
 
     def __post_init__(self) -> None:
         kernels = cpu_kernels() if self.device.type == "cpu" and self.dtype == torch.float32 else None
@@ -93,11 +95,26 @@ class Decoder:
         return KVCache(len(self.layers), self.kv_heads, tokens, self.head_size, self.device, self.cache_dtype)
 
     def release(self) -> None:
-        """Let go of every weight, whoever still holds this object; it cannot be used after that."""
+        """Let go of every weight, whoever still holds this object, once they are kept; it cannot be used after that."""
         attached = self.attached
-        vars(self).clear()
+        try:
+            self.settle()
+        finally:
+            vars(self).clear()
         if attached is not None:
             attached.close()
+
+    def settle(self) -> None:
+        """Wait until the weights are in the store, or cannot be kept."""
+        if self.publishing is not None:
+            self.publishing.finish()
+
+    @property
+    def entry(self) -> Entry | None:
+        """The entry of the store that has the weights, or None where none has them, or not yet."""
+        if self.attached is not None:
+            return self.attached.entry
+        return None if self.publishing is None else self.publishing.entry
 
     def weight_bytes(self) -> dict[str, int]:
         """Return the bytes that the weights take, by part; a tied embedding counts once."""

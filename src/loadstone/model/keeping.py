@@ -6,7 +6,9 @@ Knows which parts a strategy makes and how they are restored; `loadstone.store` 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -17,17 +19,27 @@ from loadstone.checkpoint.spec import ModelSpec
 from loadstone.memory import give_back
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
-from loadstone.store import Attached, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
+from loadstone.store import Attached, Draft, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
 from loadstone.telemetry import emit
 
 from .decoder import Decoder
 from .pack import pack, warn_of_numbers
+from .publishing import Publishing
 from .recipe import VECTOR, Kept, Part, assemble, parts_of
 
 TENSORS_A_PART = 8  # more than any form of a weight has
 SLACK_A_PART = 4096  # bytes: what aligning its tensors may add
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was packed: the files' state before, the digest of each tensor, and what is said of each part."""
+
+    look: Look
+    digests: dict[str, str]
+    about: dict[str, dict[str, object]]
 
 
 class Keeping:
@@ -38,16 +50,24 @@ class Keeping:
         self.device = torch.device(plan.device.torch_name)
         self.strategy = find_strategy(plan.strategy)
         self.parts = parts_of(spec)
+        self.numbers = {part.name: number for number, part in enumerate(self.parts)}
         self.kind = kind_of(plan, spec)
 
     def decoder(self) -> Decoder:
-        """Return the decoder; raise StoreUnavailableError when what is not there yet cannot be kept."""
-        attached, was_made = self._attached()
-        manifest, on_device = attached.entry.manifest, self._on_device(attached)
-        kept = {part.name: self._restored_part(part, manifest, on_device) for part in self.parts}
-        decoder = assemble(self.plan, self.spec, kept)
-        decoder.attached = attached
-        self._tell(attached.entry, was_made=was_made)
+        """Return the decoder; raise StoreUnavailableError when what is not there yet cannot be kept.
+
+        What had to be made is written into the store after this returns: see `Decoder.publishing`.
+        """
+        if (attached := self._find(self.store.find)) is not None:
+            return self._restored(attached)
+        with self._making() as held:
+            if (attached := self._find(self.store.find, self.store.find_by_content)) is not None:
+                return self._restored(attached)
+            draft = held.enter_context(self._draft())
+            kept: dict[str, Kept] = {}
+            made = self._pack(lambda part, one: kept.update({part.name: one}))
+            decoder = assemble(self.plan, self.spec, kept)
+            decoder.publishing = self._publish_later(draft, made, kept, held.pop_all())
         return decoder
 
     def entry(self) -> tuple[Entry, bool]:
@@ -55,53 +75,90 @@ class Keeping:
 
         Raises StoreUnavailableError when what is not there yet cannot be kept.
         """
-        attached, was_made = self._attached()
+        if (attached := self._find(self.store.find)) is None:
+            with self._making() as held:
+                if (attached := self._find(self.store.find, self.store.find_by_content)) is None:
+                    draft = held.enter_context(self._draft())
+                    made = self._pack(lambda part, one: self._put(draft, part, one))
+                    return self._publish(draft, made), True
         attached.close()
-        self._tell(attached.entry, was_made=was_made)
-        return attached.entry, was_made
+        self._tell("store.hit", attached.entry)
+        return attached.entry, False
 
-    def _attached(self) -> tuple[Attached, bool]:
-        """Return the entry, found or else made, and whether it was made."""
-        if (attached := self._attach(self.store.find(self.kind, self.spec))) is not None:
-            return attached, False
-        with self.store.making(self.kind, about=f"another process that loads {self.spec.name}"):
-            for find in (self.store.find, self.store.find_by_content):
-                if (attached := self._attach(find(self.kind, self.spec))) is not None:
-                    return attached, False
-            attached = self._attach(self._make())
-        if attached is None:
-            raise StoreUnavailableError("what was written cannot be read back")
-        return attached, True
+    # -- finding --------------------------------------------------------------------------------------------------
 
-    def _attach(self, entry: Entry | None) -> Attached | None:
-        return None if entry is None else self.store.attach(entry)
+    def _find(self, *ways: Callable[[Kind, ModelSpec], Entry | None]) -> Attached | None:
+        for find in ways:
+            entry = find(self.kind, self.spec)
+            if entry is not None and (attached := self.store.attach(entry)) is not None:
+                return attached
+        return None
 
-    def _tell(self, entry: Entry, *, was_made: bool) -> None:
-        emit(
-            "store.made" if was_made else "store.hit",
-            key=entry.manifest.key, model=self.spec.name, origin=entry.manifest.origin, folder=str(entry.folder),
-        )  # fmt: skip
+    def _restored(self, attached: Attached) -> Decoder:
+        manifest, on_device = attached.entry.manifest, self._on_device(attached)
+        kept = {part.name: self._restored_part(part, manifest, on_device) for part in self.parts}
+        decoder = assemble(self.plan, self.spec, kept)
+        decoder.attached = attached
+        self._tell("store.hit", attached.entry)
+        return decoder
 
-    def _make(self) -> Entry:
-        """Pack the checkpoint's weights into a new entry."""
-        numbers = {part.name: number for number, part in enumerate(self.parts)}
-        about: dict[str, dict[str, object]] = {}
-        look = Look.at(self.spec)
+    def _tell(self, event: str, entry: Entry) -> None:
+        about = {"key": entry.manifest.key, "origin": entry.manifest.origin, "folder": str(entry.folder)}
+        emit(event, model=self.spec.name, **about)
+
+    # -- making ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _making(self) -> Iterator[ExitStack]:
+        """Be the one that makes this kind of entry, as long as the yielded stack or whoever took its place is open."""
+        with ExitStack() as held:
+            held.enter_context(self.store.making(self.kind, about=f"another process that loads {self.spec.name}"))
+            yield held
+
+    def _draft(self) -> Draft:
         planned = sum(self.plan.weight_bytes.values()) + SLACK_A_PART * len(self.parts)
-        draft = self.store.draft(self.kind, most_tensors=TENSORS_A_PART * len(self.parts), nbytes=planned)
+        return self.store.draft(self.kind, most_tensors=TENSORS_A_PART * len(self.parts), nbytes=planned)
 
-        def take(part: Part, made: Kept, is_finite: bool) -> None:
-            named, facts = _taken_apart(part, made)
+    def _pack(self, take: Callable[[Part, Kept], None]) -> _Made:
+        """Pack the checkpoint's weights, handing each part to `take`; return what an entry says of them."""
+        about: dict[str, dict[str, object]] = {}
+
+        def note(part: Part, one: Kept, is_finite: bool) -> None:
+            named, facts = _taken_apart(part, one)
             about[part.name] = {"tensors": [*named], "facts": facts, "is_finite": is_finite}
-            _writing(lambda: draft.put(numbers[part.name], named))
+            if not is_finite:
+                warn_of_numbers(part)
+            take(part, one)
 
-        with draft, open_weights(self.spec) as weights:
-            digests = pack(self.plan, self.spec, self.parts, weights, take)
-            manifest = self._manifest(digests, about)
-            entry = _writing(lambda: draft.publish(self.store.free_place(manifest.key), manifest))
-        self.store.remember(self.spec, look, digests)
-        self.store.keep_within_limit(entry)
+        look = Look.at(self.spec)
+        with open_weights(self.spec) as weights:
+            digests = pack(self.plan, self.spec, self.parts, weights, note)
         give_back()  # what packing left behind in the allocator
+        return _Made(look, digests, about)
+
+    def _publish_later(self, draft: Draft, made: _Made, kept: dict[str, Kept], held: ExitStack) -> Publishing:
+        """Write the parts into the draft and publish it in a thread, which closes `held` at its end."""
+
+        def publish(check: Callable[[], None]) -> Entry:
+            with held:
+                for part in self.parts:
+                    check()
+                    self._put(draft, part, kept[part.name])
+                return self._publish(draft, made)
+
+        emit("store.keeping", model=self.spec.name, folder=str(self.store.folder))
+        return Publishing(publish, folder=str(self.store.folder))
+
+    def _put(self, draft: Draft, part: Part, one: Kept) -> None:
+        named, _ = _taken_apart(part, one)
+        _writing(lambda: draft.put(self.numbers[part.name], named))
+
+    def _publish(self, draft: Draft, made: _Made) -> Entry:
+        manifest = self._manifest(made.digests, made.about)
+        entry = _writing(lambda: draft.publish(self.store.free_place(manifest.key), manifest))
+        self.store.remember(self.spec, made.look, made.digests)
+        self.store.keep_within_limit(entry)
+        self._tell("store.made", entry)
         return entry
 
     def _manifest(self, digests: Mapping[str, str], about: Mapping[str, Mapping[str, object]]) -> Manifest:

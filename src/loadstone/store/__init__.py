@@ -12,6 +12,7 @@ An entry appears under `entries` by a rename, after all its bytes are on the dis
 """
 
 from .attached import Attached
+from .draft import Draft
 from .entry import DamagedError, Entry, Kind, Manifest, size_of
 from .known import Look
 from .restart import boot_id
@@ -20,6 +21,7 @@ from .store import Store, StoreUnavailableError, open_store
 __all__ = [
     "Attached",
     "DamagedError",
+    "Draft",
     "Entry",
     "Kind",
     "Look",

@@ -25,7 +25,7 @@ def exclusive(file: Path, *, about: str) -> Iterator[None]:
 
     Raises OSError where no lock can be made.
     """
-    lock = filelock.FileLock(file)
+    lock = filelock.FileLock(file, thread_local=False)  # one thread takes it, another may give it back
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
