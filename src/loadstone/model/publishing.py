@@ -26,17 +26,17 @@ class Publishing:
         """
         self.entry: Entry | None = None
         self._publish, self._folder = publish, folder
-        self._is_cancelled = threading.Event()
+        self._is_cancelled, self._is_over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="loadstone-publish")
         self._thread.start()
 
     def finish(self) -> None:
         """Wait until the entry is made, or could not be; an interrupt while waiting cancels it and is passed on."""
         try:
-            self._thread.join()
+            self._is_over.wait()  # `join` takes a thread for ended when it is interrupted (Python 3.11)
         except BaseException:
             self._is_cancelled.set()
-            self._thread.join()
+            self._is_over.wait()
             raise
 
     def _run(self) -> None:
@@ -48,6 +48,8 @@ class Publishing:
         except StoreUnavailableError as error:
             reason = f"the quantised weights are not kept: {error}"
             emit("store.warning", reason=reason, file=self._folder, cause=str(error))
+        finally:
+            self._is_over.set()
 
     def _check(self) -> None:
         if self._is_cancelled.is_set():

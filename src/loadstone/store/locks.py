@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
-
-import filelock
 
 from loadstone.telemetry import emit
 
@@ -23,28 +22,39 @@ POLL_SECONDS = 0.05
 def exclusive(file: Path, *, about: str) -> Iterator[None]:
     """Hold the lock `file`, waiting for it as long as it takes; `about` says to a person what is waited for.
 
-    Raises OSError where no lock can be made.
+    It may be given back by another thread than took it. Raises OSError where no lock can be made.
     """
-    lock = filelock.FileLock(file, thread_local=False)  # one thread takes it, another may give it back
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        emit("store.waiting", about=about)
-        lock.acquire(poll_interval=POLL_SECONDS)
-    try:
-        yield
-    finally:
-        lock.release()
+    with file.open("a+b") as stream:
+        is_told = False
+        while not _try_to_lock(stream):
+            if not is_told:
+                emit("store.waiting", about=about)
+                is_told = True
+            time.sleep(POLL_SECONDS)
+        yield  # closing the file gives the lock back
 
 
 def is_free(file: Path) -> bool:
     """Tell whether nobody holds the lock `file` now."""
-    lock = filelock.FileLock(file)
+    if not file.exists():
+        return True
+    with file.open("a+b") as stream:
+        return _try_to_lock(stream)
+
+
+def _try_to_lock(stream: BufferedRandom) -> bool:
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+        if sys.platform == "win32":
+            import msvcrt
+
+            stream.seek(0)
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # Windows says the latter
         return False
-    lock.release()
     return True
 
 
