@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ._rich import Bars
 
 
-LOADING = {"quantise": "Loading", "compare": "Comparing with what is stored"}
+PHASES = {"compare": "Comparing with what is stored"}
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def _follow(event: Event, bars: Bars) -> None:
     if event.name == "download.progress":
         bars.update(f"Fetching {event.fields['file']}", event.fields["done"], event.fields["total"])
     elif event.name == "load.progress":
-        bars.update(LOADING[event.fields["phase"]], event.fields["done"], event.fields["total"])
+        bars.update(PHASES.get(event.fields.get("phase", ""), "Loading"), event.fields["done"], event.fields["total"])
     elif event.name == "store.progress":
         what = f"Checking {event.fields['model']} in {event.fields['strategy']}"
         bars.update(what, event.fields["done"], event.fields["total"])
