@@ -7,10 +7,12 @@ Where a file system or a system knows no such reads, ordinary ones take their pl
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 PAGE = 4096  # every disk's blocks divide it
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _BINARY: int = getattr(os, "O_BINARY", 0)
-_IF_CACHED: int = getattr(os, "RWF_NOWAIT", 0)
 _one_seeks = threading.Lock()
 
 
@@ -58,7 +59,10 @@ class FileReader:
         except OSError as error:
             raise _unreadable(file, error) from error
         self._direct: int | None = None
+        self._mapping: object = None
+        self._address: int | None = None
         if _DIRECT:
+            self._map()
             try:
                 self._direct = os.open(file, os.O_RDONLY | _DIRECT)
             except OSError as error:
@@ -66,10 +70,13 @@ class FileReader:
                     self.close()
                     raise _unreadable(file, error) from error
 
-    @property
-    def descriptor(self) -> int:
-        """The open file's number in this process."""
-        return self._cached
+    def _map(self) -> None:
+        """Map the file, to ask the system about its pages; none is touched."""
+        import numpy as np
+
+        with suppress(OSError, ValueError):  # an empty file, or one that cannot be mapped: then nothing is known of it
+            mapping = np.frombuffer(mmap.mmap(self._cached, 0, access=mmap.ACCESS_READ), np.uint8)
+            self._mapping, self._address = mapping, mapping.ctypes.data
 
     def read(self, offset: int, nbytes: int, buffer: Buffer) -> torch.Tensor:
         """Return bytes [offset, offset + nbytes) of the file, in `buffer`: good until that is used again.
@@ -77,11 +84,11 @@ class FileReader:
         Raises CheckpointError when the file is shorter or cannot be read.
         """
         try:
-            if not self._read_cached(offset, nbytes, buffer):
-                skipped = offset % PAGE
-                if self._read_direct(offset - skipped, skipped + nbytes, buffer):
-                    return buffer.stretch(skipped, nbytes)
-                _fill(self._cached, offset, nbytes, buffer)
+            skipped = offset % PAGE
+            is_direct = self._direct is not None and not self._is_cached(offset - skipped, skipped + nbytes)
+            if is_direct and self._read_direct(offset - skipped, skipped + nbytes, buffer):
+                return buffer.stretch(skipped, nbytes)
+            _fill(self._cached, offset, nbytes, buffer)
         except OSError as error:
             raise _unreadable(self.file, error) from error
         except EOFError:
@@ -91,14 +98,18 @@ class FileReader:
             ) from None  # fmt: skip
         return buffer.stretch(0, nbytes)
 
-    def _read_cached(self, offset: int, nbytes: int, buffer: Buffer) -> bool:
-        """Copy what the system has in memory; tell whether that was all of it."""
-        if not _IF_CACHED:
+    def _is_cached(self, start: int, nbytes: int) -> bool:
+        """Tell whether the system has all of these pages in memory; it may also say so of a file of somebody else's.
+
+        A read that is not to wait (RWF_NOWAIT) tells too, but has the system read ahead what is then read twice.
+        """
+        import numpy as np
+
+        if self._address is None or nbytes == 0:
             return False
-        try:
-            return os.preadv(self._cached, [buffer.view[:nbytes]], offset, _IF_CACHED) == nbytes
-        except OSError:  # it is not there, or this file system cannot tell
-            return False
+        found = np.zeros(-(-nbytes // mmap.PAGESIZE), np.uint8)
+        place = ctypes.c_void_p(self._address + start), ctypes.c_size_t(nbytes), ctypes.c_void_p(found.ctypes.data)
+        return ctypes.CDLL(None).mincore(*place) == 0 and bool((found & 1).all())
 
     def _read_direct(self, start: int, nbytes: int, buffer: Buffer) -> bool:
         """Read from a page's start around the page cache; return False where that cannot be done."""
@@ -120,6 +131,7 @@ class FileReader:
 
     def close(self) -> None:
         """Close the file."""
+        self._mapping = self._address = None
         for descriptor in (self._cached, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
