@@ -1,4 +1,4 @@
-"""Stretches of files: the same bytes from the page cache, straight from the disk, and where neither can be told apart."""
+"""Stretches of files: the same bytes from the page cache, from the disk, and where neither can be told apart."""
 
 from __future__ import annotations
 
