@@ -15,7 +15,7 @@ _home = tempfile.TemporaryDirectory(prefix="loadstone-tests-")
 os.environ["LOADSTONE_HOME"] = _home.name
 
 if TYPE_CHECKING:
-    from loadstone import ModelManager
+    from loadstone import Event, ModelManager
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +34,14 @@ def small_model(tmp_path: Path) -> Path:
     from small_model import GENERATION, write_small_model
 
     return write_small_model(tmp_path / "small-model", **GENERATION)
+
+
+@pytest.fixture
+def events() -> Iterator[list[Event]]:
+    """Every event of the test, in order."""
+    from loadstone import subscribe
+
+    seen: list[Event] = []
+    unsubscribe = subscribe(seen.append)
+    yield seen
+    unsubscribe()

@@ -23,19 +23,11 @@ from loadstone.planner import Plan
 from loadstone.quantization.kernels import cpu
 from loadstone.quantization.linear import Linear
 from loadstone.sources import resolve
-from loadstone.telemetry import Event, subscribe
+from loadstone.telemetry import Event
 
 STRATEGIES = ("none", "8bit", "4bit")
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 PairOf = Callable[[str], Pair]
-
-
-@pytest.fixture
-def events() -> Iterator[list[Event]]:
-    seen: list[Event] = []
-    unsubscribe = subscribe(seen.append)
-    yield seen
-    unsubscribe()
 
 
 def spoil(folder: Path, into: Path, name: str, value: float) -> Path:

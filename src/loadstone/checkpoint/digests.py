@@ -26,13 +26,16 @@ class TensorDigests:
 
     def __init__(self) -> None:
         self._pieces: dict[str, dict[int, str]] = {}
+        self._rows: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, piece: Piece, raw: torch.Tensor) -> None:
-        """Take the bytes of a piece, as `Weights.read` returns them."""
-        found = digest(raw.numpy())
+    def add(self, piece: Piece, raw: torch.Tensor) -> bool:
+        """Take the bytes of a piece, as `Weights.read` returns them; tell whether its tensor is whole with them."""
+        found, name = digest(raw.numpy()), piece.tensor.name
         with self._lock:
-            self._pieces.setdefault(piece.tensor.name, {})[piece.first] = found
+            self._pieces.setdefault(name, {})[piece.first] = found
+            self._rows[name] = self._rows.get(name, 0) + piece.count
+            return self._rows[name] == piece.tensor.shape[0]
 
     def of(self, name: str) -> str:
         """Return the digest of the tensor called `name`, all of whose pieces must have come."""
@@ -51,17 +54,13 @@ def same_content(weights: Weights, wanted: Mapping[str, str]) -> bool:
     """
     pieces = {name: weights.pieces(name) for name in wanted}
     by_size = sorted(wanted, key=lambda name: sum(piece.nbytes for piece in pieces[name]))
-    left = {name: len(found) for name, found in pieces.items()}
     total = sum(piece.nbytes for found in pieces.values() for piece in found)
     progress = Progress("load.progress", total, len(pieces), phase="compare")
-    digests, lock = TensorDigests(), threading.Lock()
+    digests = TensorDigests()
 
     def compare(piece: Piece, buffer: Buffer) -> None:
         name = piece.tensor.name
-        digests.add(piece, weights.read(piece, buffer))
-        with lock:
-            left[name] -= 1
-            is_whole = left[name] == 0
+        is_whole = digests.add(piece, weights.read(piece, buffer))
         if is_whole and digests.of(name) != wanted[name]:
             raise _DifferentError
         progress.add(piece.nbytes, is_last_of_tensor=is_whole)

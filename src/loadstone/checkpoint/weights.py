@@ -111,7 +111,7 @@ class Weights:
         order = self._stored_rows(tensor) if self._is_reordered(tensor) else None
         if _is_packed(tensor):
             return _unpack(tensor, raw, order).view(shape)
-        dtype = _dtypes()[tensor.dtype]
+        dtype = float_types()[tensor.dtype]
         if raw.storage_offset() % dtype.itemsize:
             raw = raw.clone()  # legal in the format, but vector instructions may not take it
         found = raw.view(dtype).view(shape)
@@ -169,7 +169,8 @@ def _is_packed(tensor: TensorInfo) -> bool:
     return tensor.dtype in BLOCKS and BLOCKS[tensor.dtype][0] > 1
 
 
-def _dtypes() -> Mapping[str, torch.dtype]:
+def float_types() -> Mapping[str, torch.dtype]:
+    """Return torch's types of the numbers that are read as they are, by their names on disk."""
     import torch
 
     return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -17,7 +17,7 @@ from loadstone.checkpoint import Weights
 from loadstone.checkpoint.digests import TensorDigests
 from loadstone.checkpoint.disk import Buffer
 from loadstone.checkpoint.spec import ModelSpec
-from loadstone.checkpoint.weights import Piece
+from loadstone.checkpoint.weights import Piece, float_types
 from loadstone.checkpoint.workers import in_threads, own_stream
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
@@ -27,7 +27,6 @@ from loadstone.telemetry import Progress, emit
 
 from .recipe import VECTOR, Kept, Part
 
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # kept as they are under `none`
 _PACKED_KEPT_AS = torch.float16  # GGUF's packed types, under `none`: float32 would double what they take
 
 Take = Callable[[Part, Kept, bool], None]
@@ -75,7 +74,6 @@ class _Packer:
         self.device = torch.device(plan.device.torch_name)
         self.dtype: torch.dtype = getattr(torch, plan.settings.compute_dtype)
         self.digests = TensorDigests()
-        self.left = {name: len(weights.pieces(name)) for name in spec.tensors}
         total = sum(tensor.nbytes for tensor in spec.tensors.values())
         self.progress = Progress("load.progress", total, len(spec.tensors), phase="quantise")
         self._lock = threading.Lock()
@@ -110,16 +108,15 @@ class _Packer:
     def _work(self, task: tuple[_Making, int, Piece], buffer: Buffer) -> None:
         making, row, piece = task
         raw = self.weights.read(piece, buffer)
-        self.digests.add(piece, raw)
+        is_last_of_tensor = self.digests.add(piece, raw)
         numbers = self.weights.numbers(piece, raw)
         making.packing.add(row, numbers.to(self._type(piece.tensor.dtype)))
         with self._lock:
             making.left -= 1
-            self.left[piece.tensor.name] -= 1
-            is_whole, is_last = making.left == 0, self.left[piece.tensor.name] == 0
+            is_whole = making.left == 0
         if is_whole:
             self._finish(making)
-        self.progress.add(piece.nbytes, is_last_of_tensor=is_last)
+        self.progress.add(piece.nbytes, is_last_of_tensor=is_last_of_tensor)
 
     def _finish(self, making: _Making) -> None:
         made = making.packing.finish()
@@ -129,7 +126,7 @@ class _Packer:
     def _type(self, stored: str) -> torch.dtype:
         """Return the type that numbers of a type on disk are packed from."""
         packed = _PACKED_KEPT_AS if self.strategy.name == "none" else torch.float32
-        return _FLOATS.get(stored, packed)
+        return float_types().get(stored, packed)
 
 
 def warn_of_numbers(part: Part) -> None:
