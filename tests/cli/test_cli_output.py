@@ -134,6 +134,14 @@ def test_bars_are_shown_on_a_terminal_and_wiped_away(terminal):
     assert said.rstrip().endswith("\x1b[2K")  # the last thing done is to clear the line
 
 
+def test_a_bar_tells_what_is_kept_and_how_not_to_wait(terminal):
+    """Who wants to go on at once learns how."""
+    screen = terminal()
+    with shown_progress("Unloading"):
+        emit("store.writing", done=1, total=2)
+    assert "Storing weights (Ctrl-C skips it)" in screen.getvalue()
+
+
 def test_no_bars_where_there_is_no_terminal(capsys):
     """A file or a log gets no bars."""
     with shown_progress("Looking"):

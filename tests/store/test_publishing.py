@@ -19,6 +19,7 @@ from loadstone.model import Decoder, build
 from loadstone.planner import plan
 from loadstone.sources import resolve
 from loadstone.store import Draft, Store
+from loadstone.telemetry import Event
 
 
 @pytest.fixture
@@ -55,6 +56,19 @@ def test_a_first_load_answers_before_it_is_kept(folder: Path, store: Store, gate
     gate.set()
     decoder.settle()
     assert decoder.entry == store.entries()[0]
+
+
+def test_writing_tells_how_far_it_is(
+    folder: Path, store: Store, gate: threading.Event, events: list[Event]
+) -> None:  # fmt: skip
+    decoder = started(folder, store)
+    assert not decoder.is_settled
+    gate.set()
+    decoder.settle()
+    assert decoder.is_settled
+    told = [event.fields for event in events if event.name == "store.writing"]
+    assert [fields["tensors_done"] for fields in told] == [*range(1, told[-1]["tensors"] + 1)]
+    assert told[-1]["done"] == told[-1]["total"] == sum(decoder.weight_bytes().values())
 
 
 def test_a_decoder_that_is_released_is_kept_first(folder: Path, store: Store, gate: threading.Event) -> None:

@@ -39,7 +39,7 @@ def settled(folder: Path) -> Path:
 def names(events: list[Event]) -> list[str]:
     """What happened in the store, without how far something is, and what is still to come."""
     told = [event.name for event in events if event.name.startswith("store.")]
-    return [name for name in told if name not in ("store.progress", "store.keeping")]
+    return [name for name in told if name not in ("store.progress", "store.keeping", "store.writing")]
 
 
 def only(store: Store) -> Entry:

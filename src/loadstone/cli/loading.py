@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,12 @@ from loadstone.units import format_size
 from .interrupts import HeldInterrupts
 from .listening import heard
 from .output import Row
-from .progress import shown_progress
+from .progress import KEEPING, shown_progress
 
 if TYPE_CHECKING:
     from loadstone.config import ConfigManager
     from loadstone.loaded import LoadedModel
+    from loadstone.manager import ModelManager
     from loadstone.telemetry import Event
 
 
@@ -42,13 +43,22 @@ def loaded(configuration: ConfigManager) -> Iterator[Ready]:
         with HeldInterrupts():
             from loadstone.manager import ModelManager
 
-    with ModelManager(configuration) as manager:
+    with ExitStack() as at_the_end:
+        manager = ModelManager(configuration)
+        at_the_end.callback(_unload, manager)
         started = time.perf_counter()
         with heard("store.hit", "store.keeping", "store.warning") as events, shown_progress("Looking at the model"):
             _, model = manager.load_base_model()
         load_s = time.perf_counter() - started
         weights = sum(model.decoder.weight_bytes().values())
         yield Ready(model, load_s, weights, model.engine.cache_bytes, _weights_from(model, events))
+
+
+def _unload(manager: ModelManager) -> None:
+    """Unload; where quantised weights must first be written to the store, show how far that is."""
+    is_waiting = manager.is_loaded() and not manager.load_base_model()[1].decoder.is_settled
+    with shown_progress(KEEPING) if is_waiting else nullcontext():
+        manager.unload_model(cancel=True)
 
 
 def _weights_from(model: LoadedModel, events: Sequence[Event]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._rich import Bars
 
 
+KEEPING = "Storing weights (Ctrl-C skips it)"
 PHASES = {"compare": "Comparing with what is stored"}
 
 
@@ -47,6 +48,8 @@ def _follow(event: Event, bars: Bars) -> None:
         bars.update(f"Fetching {event.fields['file']}", event.fields["done"], event.fields["total"])
     elif event.name == "load.progress":
         bars.update(PHASES.get(event.fields.get("phase", ""), "Loading"), event.fields["done"], event.fields["total"])
+    elif event.name == "store.writing":
+        bars.update(KEEPING, event.fields["done"], event.fields["total"])
     elif event.name == "store.progress":
         what = f"Checking {event.fields['model']} in {event.fields['strategy']}"
         bars.update(what, event.fields["done"], event.fields["total"])

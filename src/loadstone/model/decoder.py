@@ -110,6 +110,11 @@ class Decoder:
             self.publishing.finish()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether `settle` would not wait."""
+        return self.publishing is None or self.publishing.is_over
+
+    @property
     def entry(self) -> Entry | None:
         """The entry of the store that has the weights, or None where none has them, or not yet."""
         if self.attached is not None:

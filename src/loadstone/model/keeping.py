@@ -20,7 +20,7 @@ from loadstone.memory import give_back
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
 from loadstone.store import Attached, Draft, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
-from loadstone.telemetry import emit
+from loadstone.telemetry import Progress, emit
 
 from .decoder import Decoder
 from .pack import pack, warn_of_numbers
@@ -139,11 +139,15 @@ class Keeping:
     def _publish_later(self, draft: Draft, made: _Made, kept: dict[str, Kept], held: ExitStack) -> Publishing:
         """Write the parts into the draft and publish it in a thread, which closes `held` at its end."""
 
+        total = sum(one.nbytes for one in kept.values())
+        written = Progress("store.writing", total, len(kept), model=self.spec.name)
+
         def publish(check: Callable[[], None]) -> Entry:
             with held:
                 for part in self.parts:
                     check()
                     self._put(draft, part, kept[part.name])
+                    written.add(kept[part.name].nbytes, is_last_of_tensor=True)
                 return self._publish(draft, made)
 
         emit("store.keeping", model=self.spec.name, folder=str(self.store.folder))

@@ -39,6 +39,11 @@ class Publishing:
             self._is_over.wait()
             raise
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self._is_over.is_set()
+
     def _run(self) -> None:
         publish, self._publish = self._publish, _nothing  # what it holds goes with it
         try:
