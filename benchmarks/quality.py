@@ -30,7 +30,7 @@ from .untied import write_untied
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {
-    "English": ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/log.md"),
+    "English": ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
     "Chinese": ("README.zh-CN.md",),
 }
 TABLE_WIDTH = 160  # where the screen does not say how wide it is

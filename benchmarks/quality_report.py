@@ -15,6 +15,9 @@ from .quality_scores import Score, mean, ratio
 OURS, PEER = "benchmarks.measure_quality", "benchmarks.measure_quality_transformers"
 BAR = 1.005  # how many times the peer's perplexity ours may be
 TOGETHER = "together"
+HEADINGS = (
+    "read a token", "perplexity", "times none", "times 4bit", "times bitsandbytes", "divergence", "same token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def _measures(results: Results, side: Side, text: str) -> dict[str, Any]:
     return {
         **mean(scores),
         "times_reference": ratio(scores, results[REFERENCE].of(text)),
+        "times_4bit": ratio(scores, results[DEFAULT].of(text)),
         "times_peer": None if peer is None else ratio(scores, results[peer].of(text)),
     }
 
@@ -99,7 +103,7 @@ def table_of(title: str, results: Results) -> Table:
     """Return the table for people: a section for each text, a row for each side."""
     table = Table(title=title, title_justify="left")
     table.add_column("weights", no_wrap=True)
-    for heading in ("read a token", "perplexity", "times none", "times bitsandbytes", "divergence", "same token"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for text in texts_in(results):
         table.add_section()
@@ -108,8 +112,8 @@ def table_of(title: str, results: Results) -> Table:
             found = _measures(results, side, text)
             table.add_row(
                 f"  {side.label}", format_size(results[side].bytes_read_per_token), f"{found['perplexity']:.3f}",
-                _times(found["times_reference"]), _times(found["times_peer"]), f"{found['divergence']:.4f}",
-                f"{found['agreement']:.2%}",
+                _times(found["times_reference"]), _times(found["times_4bit"]), _times(found["times_peer"]),
+                f"{found['divergence']:.4f}", f"{found['agreement']:.2%}",
             )  # fmt: skip
     return table
 

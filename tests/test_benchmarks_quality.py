@@ -10,11 +10,14 @@ import pytest
 import torch
 from benchmarks import measure_quality, quality, quality_report
 from benchmarks.checkpoints import Shape, write_checkpoint
+from benchmarks.processes import ModuleFailed
 from benchmarks.quality_report import BAR, DEFAULT, PEERS, REFERENCE, Result, is_within_bar
 from benchmarks.quality_scores import Score, mean, ratio, score
 from benchmarks.untied import write_untied
 
+from loadstone import ModelManager
 from loadstone.checkpoint import ModelSpec, inspect, load_tokenizer, open_weights
+from loadstone.model import Segment, build
 from loadstone.quantization import registry
 from loadstone.sources import resolve
 from small_model import write_small_model
@@ -84,6 +87,19 @@ def test_the_bar_is_held_against_the_better_peer(times: float, verdict: bool) ->
     assert is_within_bar(results) is verdict
 
 
+def test_a_peer_that_is_not_here_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(module: str, task: str) -> dict[str, object]:
+        if module == quality_report.PEER:
+            raise ModuleFailed("No module named 'transformers'")
+        return {"scores": [vars(Score(1, 1.0, 0.0, 1.0))], "bytes_read_per_token": 1}
+
+    monkeypatch.setattr(quality, "run_module", run)
+    text = quality.Text("noise", [[3, 1]], "")
+    results, left_out = quality.measure(tmp_path, [text], 1, tmp_path, quality.Console(quiet=True))
+    assert set(left_out) == {peer.label for peer in PEERS}
+    assert is_within_bar(results) is None
+
+
 def test_windows_are_whole_and_follow_one_another(small_model: Path) -> None:
     """The tokenizer has a token for each byte."""
     tokenizer = load_tokenizer(inspect(resolve(str(small_model))))
@@ -125,6 +141,16 @@ def test_an_untied_checkpoint_has_the_same_numbers_and_the_embedding_as_its_head
         assert torch.equal(after.tensor("lm_head.weight"), before.tensor("model.embed_tokens.weight"))
 
 
+def test_an_untied_model_in_4_bits_has_the_logits_of_the_tied_one(tied: ModelSpec, untied: ModelSpec) -> None:
+    ids = [5, 250, 17, 17]
+    logits = []
+    for spec in (tied, untied):
+        wish = {"base_model": str(spec.folder), "device": "cpu", "quantization": "4bit", "context": 64}
+        decoder = build(ModelManager({"model_config": wish}).plan(spec), spec)
+        logits.append(decoder.forward(ids, [Segment(0, 0, 4)], decoder.new_cache(64), every_token=True))
+    assert torch.equal(*logits)
+
+
 def test_transformers_gives_an_untied_checkpoint_the_logits_of_the_tied_one(tied: ModelSpec, untied: ModelSpec) -> None:
     transformers = pytest.importorskip("transformers")
     ids = torch.tensor([[5, 250, 17, 17]])
@@ -140,12 +166,12 @@ def test_a_head_in_4_bits_is_scored_beside_the_reference(tmp_path: Path, monkeyp
     """In this process, where the benchmark starts one for each side."""
     monkeypatch.setattr(registry, "_registered", {})
     monkeypatch.setattr(quality, "run_module", lambda _, task: measure_quality.measure(json.loads(task)))
-    monkeypatch.setattr(quality, "SIDES", (REFERENCE, quality_report.SIDES[-3]))
+    monkeypatch.setattr(quality, "SIDES", (REFERENCE, DEFAULT, quality_report.SIDES[-3]))
     folder = write_small_model(tmp_path / "model")
     text = quality.Text("noise", [[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], "")
     quiet = quality.Console(quiet=True)
     results, left_out = quality.measure(folder, [text], torch.get_num_threads(), tmp_path, quiet)
-    wanted, found = (mean(result.of("noise")) for result in results.values())
+    wanted, _, found = (mean(result.of("noise")) for result in results.values())
     assert not left_out
     assert wanted["divergence"] == 0
     assert 0 < found["divergence"] < 1
