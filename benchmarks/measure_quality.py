@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     cache = decoder.new_cache(longest)
 
-    def forward(window: list[int]) -> torch.Tensor:
+    def forward(window: Sequence[int]) -> torch.Tensor:
         return decoder.forward(window, [Segment(0, 0, len(window))], cache, every_token=True)
 
     found = score(windows, spec.vocab_size, Path(task["reference"]), forward)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     windows = json.loads(Path(task["windows"]).read_text(encoding="utf-8"))
 
     @torch.inference_mode()
-    def forward(window: list[int]) -> torch.Tensor:
-        logits: torch.Tensor = model(torch.tensor([window]), use_cache=False).logits[0]
+    def forward(window: Sequence[int]) -> torch.Tensor:
+        logits: torch.Tensor = model(torch.tensor([list(window)]), use_cache=False).logits[0]
         return logits
 
     found = score(windows, model.config.vocab_size, Path(task["reference"]), forward)

@@ -48,8 +48,8 @@ class Text:
 
 def texts_of(files: Sequence[Path], tokenizer: Tokenizer, window: int, most: int) -> list[Text]:
     """Return the texts of `files`, or the project's own documents where there are none."""
-    named = {file.name: (file,) for file in files} or {
-        name: tuple(ROOT / one for one in parts) for name, parts in TEXTS.items()
+    named = {file.name: [file] for file in files} or {
+        name: [ROOT / one for one in parts] for name, parts in TEXTS.items()
     }
     found = []
     for name, parts in named.items():

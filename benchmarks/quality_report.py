@@ -118,8 +118,11 @@ def table_of(title: str, results: Results) -> Table:
     return table
 
 
-def _times(found: tuple[float, float] | None) -> str:
-    return "" if found is None else f"{found[0]:.4f} ± {found[1]:.4f}"
+def _times(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return ""
+    times, error = found
+    return f"{times:.4f}" if error is None else f"{times:.4f} ± {error:.4f}"
 
 
 def notes_of(results: Results, left_out: Mapping[str, str]) -> Iterator[str]:

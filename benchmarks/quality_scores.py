@@ -6,6 +6,7 @@ Knows logits and a file with the reference's logarithms of probabilities; not wh
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,16 @@ def mean(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def ratio(ours: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, float]:
+def ratio(ours: Sequence[Score], theirs: Sequence[Score]) -> tuple[float, float | None]:
     """Return how many times as large our perplexity is as theirs on the same windows, and its standard error.
 
-    The error is that of the mean difference of the windows' losses; it is NaN for a single window.
+    The error is that of the mean difference of the windows' losses, or None for a single window, which has none.
     """
     differences = [one.loss - other.loss for one, other in zip(ours, theirs, strict=True)]
-    count = len(differences)
-    middle = sum(differences) / count
-    spread = sum((one - middle) ** 2 for one in differences) / (count - 1) if count > 1 else math.nan
     found = mean(ours)["perplexity"] / mean(theirs)["perplexity"]
-    return found, found * math.sqrt(spread / count)
+    if len(differences) < 2:
+        return found, None
+    return found, found * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def scores_of(told: Sequence[Mapping[str, Any]]) -> list[Score]:

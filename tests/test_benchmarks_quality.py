@@ -78,6 +78,11 @@ def test_a_ratio_has_the_error_of_the_windows_differences() -> None:
     assert error == pytest.approx(0.1)  # 0.1, 0.1 and -0.2: deviation 0.1732, by the root of three
 
 
+def test_a_single_window_has_no_error() -> None:
+    one = [Score(10, 2.0, 0, 1)]
+    assert ratio(one, one) == (1.0, None)
+
+
 @pytest.mark.parametrize(("times", "verdict"), [(BAR - 1e-4, True), (BAR + 1e-4, False)])
 def test_the_bar_is_held_against_the_better_peer(times: float, verdict: bool) -> None:
     def result(perplexity: float) -> Result:

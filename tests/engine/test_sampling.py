@@ -21,7 +21,7 @@ VOCABULARY = 40
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)) * 2
 PROMPT = [3, 5, 5, *LOGITS.argsort(descending=True)[[0, 1, 12, 25, 26]].tolist()]  # likely and unlikely ones
 ANSWER = LOGITS.argsort(descending=True)[[0, 2, 2]].tolist()  # likely ones, or a penalty would not be seen
-DRAWS = 4000
+DRAWS = 3000
 
 RULES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.6},
