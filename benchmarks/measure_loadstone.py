@@ -47,11 +47,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "load_phases_s": info["load_seconds"],
         "device": info["device"],
         "strategy": info["strategy"],
-        "bytes_read_per_token": _read_per_token(info["bytes"]),
+        "bytesread_per_token": read_per_token(info["bytes"]),
     }
 
 
-def _read_per_token(parts: dict[str, int]) -> int:
+def read_per_token(parts: dict[str, int]) -> int:
     """Return the bytes of weights that one token needs: all but the embedding, unless that is the head too."""
     return parts["linear"] + parts["norm"] + (parts["lm_head"] or parts["embedding"])
 

@@ -11,7 +11,10 @@ STARTED = time.perf_counter()  # before anything is imported: imports are part o
 
 import json  # noqa: E402
 import sys  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TokenTimes:
@@ -35,20 +38,24 @@ class TokenTimes:
 def load_4bit(name: str, device: str, threads: int) -> tuple[Any, Any]:
     """Return the tokenizer and the model of a checkpoint, loaded in 4 bits as transformers' users do it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name), load_nf4(name, device, threads, torch.bfloat16)
+
+
+def load_nf4(name: str, device: str, threads: int, dtype: torch.dtype) -> Any:
+    """Return the model of a checkpoint in NF4, doubly quantised; its products and what stays unquantised in `dtype`."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(threads)
     kept = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.bfloat16, device_map=device, quantization_config=kept
-    )  # fmt: skip
-    return tokenizer, model
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, quantization_config=kept)
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

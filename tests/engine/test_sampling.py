@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from loadstone.errors import GenerationError
 VOCABULARY = 40
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)) * 2
 PROMPT = [3, 5, 5, *LOGITS.argsort(descending=True)[[0, 1, 12, 25, 26]].tolist()]  # likely and unlikely ones
-DRAWS = 4000
+ANSWER = LOGITS.argsort(descending=True)[[0, 2, 2]].tolist()  # likely ones, or a penalty would not be seen
+DRAWS = 3000
 
 RULES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.6},
@@ -75,33 +77,75 @@ def _after(sampling: Sampling, answer: list[int]) -> Sampler:
     return sampler
 
 
-def _limit(freedom: int) -> float:
+def _limit(freedom: int, deviations: float = 4.0) -> float:
     """The chi-square that fair draws stay below but once in 30,000 times (Wilson and Hilferty 1931)."""
     part = 2 / (9 * freedom)
-    return freedom * (1 - part + 4 * math.sqrt(part)) ** 3
+    return freedom * (1 - part + deviations * math.sqrt(part)) ** 3
+
+
+@cache
+def _drawn(name: str) -> Counter[int]:
+    """What a rule's sampler draws under many seeds, after an answer of three tokens."""
+    counts: Counter[int] = Counter()
+    sampler = _after(Sampling(**RULES[name]), ANSWER)
+    for seed in range(DRAWS):
+        sampler._answer = dict(Counter(ANSWER))
+        sampler._generator.manual_seed(seed)
+        counts[sampler.choose(LOGITS)] += 1
+    return counts
+
+
+def _is_fair(counts: Counter[int], wanted: Sequence[float]) -> bool:
+    """Whether draws have these probabilities, by chi-square, and none has the probability 0."""
+    if not all(wanted[token] > 0 for token in counts):
+        return False
+    # Rare tokens together: chi-square wants five of each kind.
+    draws = counts.total()
+    common = [token for token in range(len(wanted)) if wanted[token] * draws >= 5]
+    cells = [(counts[token], wanted[token] * draws) for token in common]
+    rare = 1 - sum(wanted[token] for token in common)
+    if rare * draws >= 5:
+        cells.append((draws - sum(counts[token] for token in common), rare * draws))
+    assert len(cells) > 2
+    return sum((found - expected) ** 2 / expected for found, expected in cells) < _limit(len(cells) - 1)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_draws_follow_the_definition(name: str) -> None:
     """Draws under many seeds have the frequencies of the plain definition, and nothing that a rule drops."""
-    answer = [3, 7, 7]
-    sampling = Sampling(**RULES[name])
-    wanted = _reference(LOGITS.tolist(), sampling, PROMPT, answer)
-    counts: Counter[int] = Counter()
-    sampler = _after(sampling, answer)
-    for seed in range(DRAWS):
-        sampler._answer = {3: 1, 7: 2}
-        sampler._generator.manual_seed(seed)
-        counts[sampler.choose(LOGITS)] += 1
-    assert all(wanted[token] > 0 for token in counts)
-    # Rare tokens together: chi-square wants five of each kind.
-    common = [token for token in range(VOCABULARY) if wanted[token] * DRAWS >= 5]
-    cells = [(counts[token], wanted[token] * DRAWS) for token in common]
-    rare = 1 - sum(wanted[token] for token in common)
-    if rare * DRAWS >= 5:
-        cells.append((DRAWS - sum(counts[token] for token in common), rare * DRAWS))
-    assert len(cells) > 2
-    assert sum((found - expected) ** 2 / expected for found, expected in cells) < _limit(len(cells) - 1)
+    assert _is_fair(_drawn(name), _reference(LOGITS.tolist(), Sampling(**RULES[name]), PROMPT, ANSWER))
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("hot", "all")])
+def test_draws_without_their_rule_would_be_noticed(name: str) -> None:
+    """The same draws do not pass for those of a sampler that leaves the rule out: the test above can fail."""
+    off = 1.0 if name in ("temperature", "top_p", "repetition_penalty") else 0
+    without = Sampling(**{**RULES[name], name: off})
+    assert not _is_fair(_drawn(name), _reference(LOGITS.tolist(), without, PROMPT, ANSWER))
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_draws_under_one_penalty_do_not_pass_for_the_other(name: str) -> None:
+    """The first counts a token that was said twice once, the second twice."""
+    other = {"presence_penalty": "frequency_penalty", "frequency_penalty": "presence_penalty"}[name]
+    swapped = Sampling(temperature=1.0, **{other: RULES[name][name]})
+    assert not _is_fair(_drawn(name), _reference(LOGITS.tolist(), swapped, PROMPT, ANSWER))
+
+
+def test_draws_of_one_answer_follow_the_definition_each_whatever_came_before() -> None:
+    """One seed and many tokens, as an answer is drawn: pairs of neighbours have the product of their probabilities."""
+    logits = LOGITS[:6]
+    sampler = Sampler(Sampling(temperature=1.0, seed=3), [])
+    drawn = [sampler.choose(logits) for _ in range(DRAWS)]
+    alone = _reference(logits.tolist(), sampler.sampling, [], [])
+    pairs = Counter(first * 6 + second for first, second in zip(drawn[::2], drawn[1::2], strict=True))
+    assert _is_fair(pairs, [first * second for first in alone for second in alone])
+
+
+@pytest.mark.parametrize(("freedom", "critical"), [(2, 13.816), (5, 20.515), (10, 29.588), (20, 45.315), (40, 73.402)])
+def test_the_limit_is_that_of_the_tables(freedom: int, critical: float) -> None:
+    """Critical values at 0.001, which is 3.0902 deviations (NIST/SEMATECH e-Handbook, 1.3.6.7.4)."""
+    assert _limit(freedom, 3.0902) == pytest.approx(critical, rel=0.03)
 
 
 @settings(deadline=None, max_examples=200)

@@ -298,8 +298,8 @@ def test_source_weights_are_never_written_to(strategy: str, dtype: torch.dtype, 
 
 
 def test_a_weight_that_cannot_be_looked_up_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="Nf4Linear"):
-        weights.quantized("4bit", weights.random(8, 64)).lookup(torch.tensor([0]))
+    with pytest.raises(NotImplementedError, match="BitsandbytesNf4"):
+        bitsandbytes_form(weights.random(8, 64)).lookup(torch.tensor([0]))
 
 
 def test_large_weights_are_dequantised_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,11 +205,12 @@ class Nf4Linear(KernelLinear):
 
     kind = "nf4"
 
-    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, scale: float) -> None:
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, scale: float, dtype: torch.dtype) -> None:
         super().__init__(codes.shape[0], codes.shape[1] * 2)
         self.codes = codes
         self.absmax = absmax
         self.scale = scale
+        self.dtype = dtype
         self.kernels = kernels_for(codes.device, self.columns)
 
     @property
@@ -233,3 +234,6 @@ class Nf4Linear(KernelLinear):
 
             return by_bitsandbytes(codes, absmax.float() * self.scale, dtype)
         return dequantize_nf4(codes, absmax, self.scale).to(dtype)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return dequantize_nf4(self.codes[ids], self.absmax[ids], self.scale).to(self.dtype)
