@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     from loadstone import ModelManager
     from loadstone.checkpoint import inspect
-    from loadstone.model import Segment, build
+    from loadstone.model import build
     from loadstone.quantization import register_strategy
     from loadstone.quantization.nf4 import Nf4
     from loadstone.sources import resolve
@@ -37,12 +36,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     spec = inspect(resolve(task["folder"]))
     decoder = build(ModelManager({"model_config": wish}).plan(spec), spec)
     torch.set_num_threads(task["threads"])
-    cache = decoder.new_cache(longest)
-
-    def forward(window: Sequence[int]) -> torch.Tensor:
-        return decoder.forward(window, [Segment(0, 0, len(window))], cache, every_token=True)
-
-    found = score(windows, spec.vocab_size, Path(task["reference"]), forward)
+    found = score(windows, spec.vocab_size, Path(task["reference"]), decoder.logits)
     return {
         "scores": [vars(one) for one in found],
         "bytes_read_per_token": read_per_token(decoder.weight_bytes()),

@@ -111,11 +111,6 @@ class Sequences:
         return self.decoder.forward(flat, segments, self.cache)
 
 
-def every_logit(decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
-    """Return the logits after each of a text's tokens."""
-    return Sequences.of(decoder, room=len(ids)).feed(ids, every_token=True)
-
-
 def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 

@@ -18,7 +18,7 @@ from loadstone.quantization.linear import Linear
 from loadstone.store import Attached, Entry
 
 from .batch import Batch, Segment, ended
-from .cache import KVCache
+from .cache import KVCache, table_of
 from .layer import Layer
 from .publishing import Publishing
 from .step import Steps
@@ -146,6 +146,12 @@ class Decoder:
         if len(wanted) < len(ids):
             x = x[torch.tensor(wanted, device=self.device)]
         return self.head(x, norm=self.norm, epsilon=self.norm_epsilon).float()
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits after each token of a text that is read by itself: T × vocabulary, float32."""
+        cache = self.new_cache(len(ids))
+        table = table_of(cache.take(cache.blocks))
+        return self.forward(ids, [Segment(table, 0, len(ids), wanted=len(ids))], cache)
 
     def _layer(
         self, x: torch.Tensor, layer: Layer, batch: Batch, keys: torch.Tensor, values: torch.Tensor
