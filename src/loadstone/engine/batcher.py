@@ -374,7 +374,12 @@ class Batcher:
             reason = "stop"
         self._leave(answer)
         result = GenerationResult(
-            "".join(answer.pieces), reason, _usage(answer), _timing(answer), logprobs=tuple(answer.logprobs)
+            "".join(answer.pieces),
+            reason,
+            _usage(answer),
+            _timing(answer),
+            tokens=tuple(answer.tokens),
+            logprobs=tuple(answer.logprobs),
         )
         answer.request.line.put(Chunk("", result))
 

@@ -54,8 +54,8 @@ class GenerationResult:
     """An answer. `str(result)` is its text.
 
     `finish_reason` is "stop" (the model ended, or a stop string came), "length" (max_new_tokens or the context's
-    end), "cancelled", or "error" with the `error`, which only results of a batch have. `logprobs` has an item for each
-    token of the answer where they were asked for.
+    end), "cancelled", or "error" with the `error`, which only results of a batch have. `tokens` are those that the
+    model chose, its end included; `logprobs` has an item for each where they were asked for.
     """
 
     text: str
@@ -63,6 +63,7 @@ class GenerationResult:
     usage: Usage
     timing: Timing
     error: Exception | None = None
+    tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
