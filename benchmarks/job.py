@@ -29,6 +29,7 @@ class Job:
     threads: int
     max_memory: str | None = None
     device: str = "cpu"
+    shape: Shape | None = None
 
     def weights(self) -> list[Path]:
         """Return the checkpoint's files of weights."""
@@ -62,4 +63,4 @@ def job_of(
         write_checkpoint(shape, checkpoint, tokenizer=said.tokenizer)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     prompt = prompt_of(PROMPT_TOKENS, lambda text: len(tokenizer.encode(text)))
-    return Job(name, checkpoint, said.folder, prompt, threads, said.max_memory, device)
+    return Job(name, checkpoint, said.folder, prompt, threads, said.max_memory, device, shape)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def new_parser(
@@ -24,6 +25,20 @@ def new_parser(
     parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer.json, for checkpoints not there yet")
     parser.add_argument("--max-memory", help="of Loadstone, such as 20GB")
     return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where models run."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: cuda where there is a GPU"
+    )  # fmt: skip
+
+
+def device_of(said: argparse.Namespace, machine: Mapping[str, Any]) -> str:
+    """Return where models run: what was said, or what this machine has."""
+    if said.device != "auto":
+        return str(said.device)
+    return "cuda" if machine["gpu"] else "cpu"
 
 
 def names_among(known: Sequence[str]) -> Callable[[str], list[str]]:
