@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from .results import Figures, Results
+from .results import Results
 from .stream_notes import accepted_share, once_and_missing
 
 
@@ -40,21 +40,25 @@ def table_of(results: Results[Case]) -> Table:
     table = Table(title=f"{results.name}: many streams", title_justify="left")
     table.add_column("side", no_wrap=True)
     table.add_column("runs", justify="right")
-    for _, heading, _ in COLUMNS:
+    shown = [column for column in COLUMNS if any(_cell(results, *at, column) for at in results.runs)]
+    for _, heading, _ in shown:
         table.add_column(heading, justify="right")
     for case in dict.fromkeys(case for _, case in results.runs):
         table.add_section()
         table.add_row(case.name, style="bold")
         for label in results.labels(case):
-            found = results.medians(label, case) or {}
-            more = {"times": times_one_stream(results, label, case), "accepted_share": accepted_share(found)}
-            cells = [_written({**found, **more}, key, form) for key, _, form in COLUMNS]
+            cells = [_cell(results, label, case, column) for column in shown]
             table.add_row(f"  {label}", str(len(results.runs[label, case])), *cells)
     return table
 
 
-def _written(figures: Figures, key: str, form: str) -> str:
-    return "" if figures.get(key) is None else form.format(figures[key])
+def _cell(results: Results[Case], label: str, case: Case, column: tuple[str, str, str]) -> str:
+    """Return what stands in a column of a side's row, which is nothing where it is not known."""
+    key, _, form = column
+    found = results.medians(label, case) or {}
+    more = {"times": times_one_stream(results, label, case), "accepted_share": accepted_share(found)}
+    value = {**found, **more}.get(key)
+    return "" if value is None else form.format(value)
 
 
 def times_one_stream(results: Results[Case], label: str, case: Case) -> float | None:

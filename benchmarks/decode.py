@@ -38,11 +38,12 @@ def measure_case(side: Side, case: Case, asked: Asked) -> dict[str, Any]:
     """Ask one case of one side in a fresh process, and return the figures."""
     task = {
         "kind": side.kind,
-        "settings": side.settings(asked.context, 1),
+        "settings": {**side.settings(asked.context, 1), "is_chat": asked.is_chat},
         "warm_up": side.job.prompt,
         "prompts": asked.prompts,
         "tokens": case.tokens,
         "has_one_beginning": case.shared_tokens > 0,
+        "are_new": not asked.is_chat,
     }
     figures = run_module(MODULE, json.dumps(task), environment=side.environment(), python=side.python)
     if figures["read_per_token_bytes"] is None:

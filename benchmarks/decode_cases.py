@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .passages import PASSAGES, STORIES
+from .passages import FREE, GROUNDED
 from .prompts import different_prompts, prompts_with_one_beginning
 
 TRIES = 3  # prompts of one process, where they are short
@@ -40,10 +40,14 @@ TEXT_CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Asked:
-    """A case's prompts, and the context that the longest of them and its answer need, in tokens."""
+    """A case's prompts, and the context that the longest of them and its answer need, in tokens.
+
+    Prompts of a chat begin with what its template says, so that they have something in common.
+    """
 
     prompts: Sequence[str]
     context: int
+    is_chat: bool = False
 
 
 def asked_of(case: Case, tokenizer_file: Path, warm_up: str) -> Asked:
@@ -65,5 +69,5 @@ def asked_of(case: Case, tokenizer_file: Path, warm_up: str) -> Asked:
 
 
 def asked_of_text(case: Case) -> Asked:
-    """Return what is asked in a case of real text."""
-    return Asked(PASSAGES if case == TEXT_CASES["grounded"] else STORIES, TEXT_CONTEXT)
+    """Return what is asked in a case of real text, as messages of a chat."""
+    return Asked(GROUNDED if case == TEXT_CASES["grounded"] else FREE, TEXT_CONTEXT, is_chat=True)

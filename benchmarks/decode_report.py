@@ -69,11 +69,11 @@ def _table(title: str, results: Results[Case], columns: Sequence[Column]) -> Tab
     table = Table(title=title, title_justify="left")
     table.add_column("side", no_wrap=True)
     table.add_column("runs", justify="right")
-    measured = {case for _, case in results.runs}
-    shown = [column for column in columns if column.case in measured]
+    labels = results.labels()
+    shown = [column for column in columns if any(column.cell(results, label) for label in labels)]
     for column in shown:
         table.add_column(column.heading, justify="right")
-    for label in results.labels():
+    for label in labels:
         runs = max(len(runs) for (side, _), runs in results.runs.items() if side == label)
         table.add_row(label, str(runs), *(column.cell(results, label) for column in shown))
     return table

@@ -21,11 +21,16 @@ UNREAD_SHARE = 0.1  # of a prompt that may be found in a cache, and still be cal
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of one case; `task` has kind, settings, warm_up, prompts, tokens and has_one_beginning."""
+    """Return the figures of one case; `task` has kind, settings, warm_up, prompts and tokens.
+
+    And it says what prompts have in common: `has_one_beginning` of two, `are_new` where it is nothing.
+    """
     model = open_model(task["kind"], task["settings"])
     checked(model.ask(task["warm_up"], WARM_UP_TOKENS), WARM_UP_TOKENS)
-    measure_them = _with_one_beginning if task["has_one_beginning"] else _one_by_one
-    figures = measure_them(model, task["prompts"], task["tokens"])
+    if task["has_one_beginning"]:
+        figures = _with_one_beginning(model, task["prompts"], task["tokens"])
+    else:
+        figures = _one_by_one(model, task["prompts"], task["tokens"], are_new=task["are_new"])
     return {**figures, "read_per_token_bytes": model.read_per_token(), **memory_now()}
 
 
@@ -40,8 +45,8 @@ def _with_one_beginning(model: Model, prompts: Sequence[str], tokens: int) -> di
     }
 
 
-def _one_by_one(model: Model, prompts: Sequence[str], tokens: int) -> dict[str, Any]:
-    """Ask prompts that have nothing in common until enough time went by; return the medians."""
+def _one_by_one(model: Model, prompts: Sequence[str], tokens: int, *, are_new: bool) -> dict[str, Any]:
+    """Ask prompts until enough time went by; return the medians. Those that `are_new` must not be in a cache."""
     answers: list[Answer] = []
     started = time.perf_counter()
     for prompt in prompts:
@@ -49,7 +54,7 @@ def _one_by_one(model: Model, prompts: Sequence[str], tokens: int) -> dict[str, 
         if time.perf_counter() - started > ENOUGH_S:
             break
     for one in answers:
-        if (one.cached_tokens or 0) > UNREAD_SHARE * one.prompt_tokens:
+        if are_new and (one.cached_tokens or 0) > UNREAD_SHARE * one.prompt_tokens:
             raise WrongAnswer(f"{one.cached_tokens} of {one.prompt_tokens} tokens were in the cache before")
     return {
         "asked": len(answers),

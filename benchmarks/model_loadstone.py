@@ -13,36 +13,42 @@ if TYPE_CHECKING:
 
 
 def open_model(settings: Mapping[str, Any]) -> LoadstoneModel:
-    """Load with the sections of the configuration that `settings` has as `config`."""
+    """Load with the sections of the configuration that `settings` has as `config`; `is_chat` says how it is asked."""
     from loadstone import ModelManager
 
     manager = ModelManager(settings["config"])
     manager.load_base_model()
-    return LoadstoneModel(manager)
+    return LoadstoneModel(manager, is_chat=settings.get("is_chat", False))
 
 
 class LoadstoneModel:
-    """A manager whose model is loaded; no token's logits are changed by penalties."""
+    """A manager whose model is loaded; it is asked texts as they are, or messages of a chat.
 
-    def __init__(self, manager: ModelManager) -> None:
+    Always the likeliest token is taken, and no penalty changes which one that is.
+    """
+
+    def __init__(self, manager: ModelManager, *, is_chat: bool) -> None:
         self._manager = manager
+        self._is_chat = is_chat
 
     def ask(self, text: str, tokens: int) -> Answer:
         """Return the answer to one text."""
-        return _answer(
-            self._manager.generate(text, raw=True, temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
-        )
+        return _answer(self._manager.generate(text, raw=not self._is_chat, **_greedy(tokens)))
 
     def ask_together(self, texts: Sequence[str], tokens: int) -> list[Answer]:
         """Return the answers of one batch."""
-        results = self._manager.generate_batch(
-            texts, raw=True, temperature=0, repetition_penalty=1.0, max_new_tokens=tokens
-        )  # fmt: skip
-        return [_answer(result) for result in results]
+        return [
+            _answer(one)
+            for one in self._manager.generate_batch(texts, raw=not self._is_chat, **_greedy(tokens))
+        ]  # fmt: skip
 
     def read_per_token(self) -> int:
         """Return the bytes of weights that one token needs."""
         return read_per_token(self._manager.get_model_info()["bytes"])
+
+
+def _greedy(tokens: int) -> dict[str, Any]:
+    return {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": tokens}
 
 
 def _answer(result: GenerationResult) -> Answer:

@@ -1,4 +1,4 @@
-"""Real text for models that know language: documents to be quoted, and stories to be begun."""
+"""Messages for models that know language: documents that are to be quoted, and questions without a document."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DOCUMENTS = (
     "running for longer than two hours without looking at the gauge.",
 )
 
-PASSAGES = tuple(f"{text}\n\nThe same text once more, word for word:\n\n" for text in _DOCUMENTS)
+GROUNDED = tuple(f"Say this text again, word for word, and nothing else:\n\n{text}" for text in _DOCUMENTS)
 
-STORIES = (
-    "The old lighthouse keeper had not spoken to anyone for a year when, one evening in October,",
-    "My grandmother kept a small shop at the corner of the market, and every morning she",
-    "Nobody in the village knew where the train came from. It arrived at night, and",
+FREE = (
+    "Tell me a short story about an old lighthouse keeper.",
+    "Explain why leaves change their colour in autumn.",
+    "Give me advice for a first visit to a large city.",
 )

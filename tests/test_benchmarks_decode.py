@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import batch, decode
+from benchmarks import batch, decode, measure_batch
 from benchmarks.answers import Answer, WrongAnswer, checked
 from benchmarks.batch_report import Case as BatchCase
 from benchmarks.batch_report import times_one_stream
@@ -22,7 +22,6 @@ from benchmarks.decode_cases import CASES, TEXT_CASES, asked_of
 from benchmarks.decode_report import points_of, table_of, text_notes_of
 from benchmarks.job import Job
 from benchmarks.make_gguf import convert
-from benchmarks.measure_batch import figures_of
 from benchmarks.measure_decode import measure
 from benchmarks.plot_roofline import Point, roofline_svg
 from benchmarks.prompts import different_prompts, prompts_with_one_beginning
@@ -130,7 +129,7 @@ def measured(
     model = Scripted(Answer(4, 4, 1.0, 1.0), *answers)
     monkeypatch.setattr("benchmarks.measure_decode.open_model", lambda *_: model)
     task = {"kind": "any", "settings": {}, "warm_up": "a", "prompts": ["b"] * len(answers), "tokens": tokens}
-    return measure({**task, "has_one_beginning": has_one_beginning})
+    return measure({**task, "has_one_beginning": has_one_beginning, "are_new": True})
 
 
 def test_figures_are_the_medians_of_the_answers_and_the_sums_of_their_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +154,17 @@ def test_a_known_beginning_is_measured_first_and_again(monkeypatch: pytest.Monke
 
 def test_what_tokens_after_the_first_took_is_the_difference_of_two_rounds() -> None:
     answers = [Answer(40, 64, first, 10.0, None, 8, 4) for first in (1.0, 2.0, 3.0)]
-    figures = figures_of(answers, prompts_s=1.0, whole_s=10.0)
+    figures = measure_batch.figures_of(answers, prompts_s=1.0, whole_s=10.0)
     assert figures["decode_tokens_per_s"] == 3 * 63 / 9
     assert figures["answer_tokens_per_s"] == 3 * 64 / 10
     assert figures["all_tokens_per_s"] == 3 * (64 + 40) / 10
     assert (figures["first_token_s"], figures["worst_first_token_s"]) == (2.0, 3.0)
     assert (figures["drafted_tokens"], figures["accepted_tokens"]) == (24, 12)
-    assert figures_of(answers, prompts_s=10.0, whole_s=10.0)["decode_tokens_per_s"] is None
+    assert measure_batch.figures_of(answers, prompts_s=10.0, whole_s=10.0)["decode_tokens_per_s"] is None
 
 
-def test_memory_is_read_at_some_speed() -> None:
+def test_memory_is_read_at_some_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.ceilings.READ_BYTES", 1 << 20)
     assert read_ceiling() > 0
 
 
@@ -303,41 +303,59 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return found
 
 
-def quick(monkeypatch: pytest.MonkeyPatch, benchmark: Any) -> None:
-    """Measure the tiny model with Loadstone alone; the machine itself is not looked at."""
+def quick(monkeypatch: pytest.MonkeyPatch, benchmark: Any, here: Callable[[dict[str, Any]], Any] | None = None) -> None:
+    """Measure the tiny model, with `here` in this process; the machine itself is not looked at."""
     run = benchmark.run_module
     known = {"benchmarks.machine": MACHINE, "benchmarks.ceilings": CEILINGS}
-    monkeypatch.setattr(
-        benchmark, "run_module", lambda module, *a, **more: known.get(module) or run(module, *a, **more)
-    )  # fmt: skip
+
+    def run_module(module: str, *arguments: str, **more: Any) -> Any:
+        if module in known:
+            return known[module]
+        return here(json.loads(arguments[0])) if here is not None else run(module, *arguments, **more)
+
+    monkeypatch.setattr(benchmark, "run_module", run_module)
     monkeypatch.setattr(benchmark, "SHAPES", {"tiny": TINY})
 
 
-def test_one_stream_is_measured_in_fresh_processes(
+def test_one_stream_is_measured_in_a_fresh_process_and_who_is_missing_is_named(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:  # fmt: skip
     quick(monkeypatch, decode)
+    monkeypatch.setattr(Loadstone, "prepare", lambda _: {})
     monkeypatch.setattr(decode, "decode_sides", lambda job, *_: [Loadstone(job), OpenVino(job, None)])
-    monkeypatch.setattr(decode, "loadstone_sides", lambda job: [Loadstone(job)])
     plot = tmp_path / "roofline.svg"
-    arguments = ["--shapes", "tiny", "--folder", str(checkpoint.parent), "--text-model", str(checkpoint)]
-    code = decode.main([*arguments, "--repetitions", "1", "--cases", "40,prefix", "--plot", str(plot)])
-    line = told(capsys)
-    assert code == 0
-    (shape,) = line["shapes"]
-    first, prefix = (case["medians"] for case in shape["cases"])
-    assert (first["tokens"], first["asked"]) == (33, 3)
-    assert first["prefill_tokens_per_s"] > 0 < first["decode_tokens_per_s"]
-    assert prefix["first_token_s"] > 0 < prefix["again_first_token_s"]
+    arguments = ["--shapes", "tiny", "--folder", str(checkpoint.parent), "--repetitions", "1"]
+    code = decode.main([*arguments, "--cases", "40", "--plot", str(plot)])
+    (shape,) = told(capsys)["shapes"]
+    (case,) = shape["cases"]
+    assert (code, case["case"]) == (0, "40 tokens")
+    assert case["medians"]["tokens"] == 33
+    assert case["medians"]["prefill_tokens_per_s"] > 0 < case["medians"]["decode_tokens_per_s"]
     assert set(shape["left_out"]) == {"OpenVINO int4"}
     assert "--openvino" in shape["left_out"]["OpenVINO int4"]
     assert "Loadstone 4bit, prefill 40" in plot.read_text()
 
 
-def test_many_streams_are_measured_in_fresh_processes(
+def test_a_known_beginning_and_real_text_are_asked_of_loadstone(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    quick(monkeypatch, batch)
+    quick(monkeypatch, decode, measure)
+    for name in ("decode_sides", "loadstone_sides"):
+        monkeypatch.setattr(decode, name, lambda job, *_: [Loadstone(job)])
+    monkeypatch.setattr(Loadstone, "prepare", lambda _: {})
+    arguments = ["--shapes", "tiny", "--folder", str(checkpoint.parent), "--text-model", str(checkpoint)]
+    assert decode.main([*arguments, "--repetitions", "1", "--cases", "prefix,free"]) == 0
+    line = told(capsys)
+    (prefix,), (free,) = line["shapes"][0]["cases"], line["text"][0]["cases"]
+    assert prefix["medians"]["first_token_s"] > 0 < prefix["medians"]["again_first_token_s"]
+    assert (free["case"], free["medians"]["tokens"]) == ("free text", 65)
+
+
+def test_many_streams_are_asked_together_of_loadstone(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    quick(monkeypatch, batch, measure_batch.measure)
+    monkeypatch.setattr(Loadstone, "prepare", lambda _: {})
     monkeypatch.setattr(batch, "batch_sides", lambda job, *_: [Loadstone(job)])
     arguments = ["--shapes", "tiny", "--folder", str(checkpoint.parent), "--repetitions", "1"]
     code = batch.main([*arguments, "--streams", "3", "--tokens", "8"])

@@ -90,7 +90,10 @@ def test_other_settings_of_loadstone_do_not_reach_the_measured_process(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setenv("LOADSTONE_MODEL_CONFIG__QUANTIZATION", "8bit")
-    names = [name for name in Loadstone(job).environment() if name.startswith("LOADSTONE_")]
+    side = Loadstone(job)
+    side.begin(FIRST_COLD)
+    names = [name for name in side.environment() if name.startswith("LOADSTONE_")]
+    side.close()
     assert names == ["LOADSTONE_HOME"]
 
 
