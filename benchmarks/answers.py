@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+UNREAD_SHARE = 0.1  # of a prompt that may be found in a cache, and still be called read
+
 
 class WrongAnswer(Exception):
     """An answer that is not what was asked for, so that nothing can be said about its speed."""
@@ -41,7 +43,7 @@ class Answer:
 
 
 class Model(Protocol):
-    """A model that is open in this process. It answers greedily, and goes on where it would end a text."""
+    """A model that is open in this process and answers greedily; where it can be told so, it does not end a text."""
 
     def ask(self, text: str, tokens: int) -> Answer:
         """Return the measured answer of so many tokens to a text."""
@@ -59,10 +61,15 @@ def open_model(kind: str, settings: Mapping[str, Any]) -> Model:
     return model
 
 
-def checked(answer: Answer, tokens: int) -> Answer:
-    """Return an answer that has as many tokens as were asked for; raise WrongAnswer for any other."""
+def checked(answer: Answer, tokens: int, *, is_new: bool = False) -> Answer:
+    """Return an answer that has as many tokens as were asked for; raise WrongAnswer for any other.
+
+    With `is_new` its prompt must have been read too, and not found in a cache.
+    """
     if answer.tokens != tokens:
         raise WrongAnswer(f"{tokens} tokens were asked for, and {answer.tokens} came: what they took says nothing")
+    if is_new and (answer.cached_tokens or 0) > UNREAD_SHARE * answer.prompt_tokens:
+        raise WrongAnswer(f"{answer.cached_tokens} of {answer.prompt_tokens} tokens were in the cache before")
     return answer
 
 

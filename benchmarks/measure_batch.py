@@ -37,7 +37,7 @@ def _ask(model: Model, prompts: Sequence[str], tokens: int) -> tuple[list[Answer
     started = time.perf_counter()
     answers = model.ask_together(prompts, tokens)
     took = time.perf_counter() - started
-    return [checked(answer, tokens) for answer in answers], took
+    return [checked(answer, tokens, is_new=True) for answer in answers], took
 
 
 def figures_of(answers: Sequence[Answer], prompts_s: float, whole_s: float) -> dict[str, Any]:

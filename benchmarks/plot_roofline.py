@@ -68,12 +68,13 @@ class _Area:
         """Yield the axes, the ceilings, the points with their numbers, and the list of what they are."""
         yield from self._axes()
         yield from self._roofs()
-        for number, point in enumerate(self._points, 1):
+        numbered = list(enumerate(self._points, 1))
+        for number, point in sorted(numbered, key=lambda one: one[1].label.startswith(highlight)):  # those on top
             colour = OURS if point.label.startswith(highlight) else PEERS
             x, y = self._across(point.operations_per_byte), self._up(point.operations_per_s)
             listed = self._top + LINE * number - 4
             told = f"{number}  {point.label}: {_short(point.operations_per_s)}/s"
-            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}" fill="{colour}" stroke="white"/>'
+            yield f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}" fill="{colour}" stroke="white"/>'
             yield f'<text x="{x + RADIUS + 2:.1f}" y="{y + 4:.1f}">{number}</text>'
             yield f'<circle cx="{RIGHT + 2 * GAP}" cy="{listed - 4}" r="{RADIUS}" fill="{colour}"/>'
             yield f'<text x="{RIGHT + 2 * GAP + 10}" y="{listed}">{escape(told)}</text>'

@@ -16,7 +16,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_per_token(parts: Mapping[str, int]) -> int:
-    """Return the bytes that one token needs, of Loadstone's bytes by part."""
+    """Return the bytes that one token needs, of Loadstone's by part: all but an embedding that is not the head too."""
     return parts["linear"] + parts["norm"] + (parts["lm_head"] or parts["embedding"])
 
 
