@@ -39,10 +39,11 @@ VENDORS = {"bitsandbytes", "blake3", "gguf", "huggingface_hub", "llvmlite", "jin
 HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingface_hub", "tokenizers", "llvmlite"}
 
 PUBLIC = [
-    "CheckpointError", "Chunk", "ConfigManager", "ConfigurationError", "Device", "DeviceManager", "Event",
-    "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "ModelLoadError", "ModelManager",
-    "ModelNotLoadedError", "ResourceError", "SourceError", "Stream", "TransientSourceError", "get_device_manager",
-    "get_model_manager", "handle_exceptions", "load_qwen_model", "retry_on_exception", "subscribe",
+    "CheckpointError", "Chunk", "ConfigManager", "ConfigurationError", "ContextLengthError", "Device", "DeviceManager",
+    "Event", "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "ModelLoadError",
+    "ModelManager", "ModelNotLoadedError", "QueueFullError", "ResourceError", "SourceError", "Stream",
+    "TransientSourceError", "get_device_manager", "get_model_manager", "handle_exceptions", "load_qwen_model",
+    "retry_on_exception", "subscribe",
 ]  # fmt: skip
 
 FILES = sorted(ROOT.rglob("*.py"))

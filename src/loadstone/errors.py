@@ -8,7 +8,9 @@
     │   └── CheckpointError                  its files are not what they must be: exit 3
     ├── ResourceError (MemoryError)          it does not fit, or memory ran out: exit 4
     └── GenerationError (RuntimeError)       an answer could not be made: exit 5
-        └── ModelNotLoadedError              … because no model is loaded
+        ├── ModelNotLoadedError              … because no model is loaded
+        ├── ContextLengthError               … because the prompt is longer than the context
+        └── QueueFullError                   … because too many requests wait already
 
 A message says what was needed, what there was, and which setting to turn; the same facts are attributes.
 """
@@ -109,6 +111,22 @@ class GenerationError(LoadstoneError, RuntimeError):
 
 class ModelNotLoadedError(GenerationError):
     """An answer was asked of a manager that holds no model."""
+
+
+class ContextLengthError(GenerationError):
+    """A prompt leaves no room for an answer: it has `prompt_tokens`, and the context `context`."""
+
+    def __init__(self, prompt_tokens: int, context: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens; the context has {context} with room for at least one more.",
+            hint="Shorten the prompt, or load the model with a larger `context`.",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+
+
+class QueueFullError(GenerationError):
+    """More requests wait than may."""
 
 
 # What HTTP libraries call timeouts and broken connections; they share no base class but these names.

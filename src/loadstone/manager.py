@@ -17,7 +17,7 @@ from .checkpoint.spec import ModelSpec
 from .checkpoint.template import ChatTemplate
 from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
-from .errors import ConfigurationError, ModelNotLoadedError, handle_exceptions
+from .errors import ConfigurationError, GenerationError, ModelNotLoadedError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
 from .light import light_files, lighten
 from .loaded import LoadedModel, PreparedModel
@@ -97,7 +97,7 @@ class ModelManager:
             decoder = build(decision, spec, self._store())
             made["bytes"] = sum(decoder.weight_bytes().values())
         with self._phase("ready", phases):
-            engine = Engine(decoder, tokenizer, template, decision)
+            engine = Engine(decoder, tokenizer, template, decision, self.config.config.engine)
         layers = self.config.generation_layers(spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
         return LoadedModel(spec, decision, decoder, tokenizer, engine, taken, phases, layers)
@@ -238,6 +238,24 @@ class ModelManager:
         A prompt that fails has a result with finish_reason "error" and its `error`; the others are not lost.
         """
         return self._ready().generate_batch(prompts, config, raw=raw, system=system, **settings)
+
+    def save_prefix_cache(self, file: str | os.PathLike[str]) -> int:
+        """Write to `file` what the KV cache remembers of earlier prompts, and return how many tokens that are.
+
+        Waits for answers under way. After `load_prefix_cache` a later process need not read them again. The file is
+        as large as their keys and values, and holds the texts' tokens. Raises GenerationError where it cannot be
+        written.
+        """
+        with handle_exceptions("save the prefix cache", into=GenerationError):
+            return self._ready().engine.save_prefixes(file)
+
+    def load_prefix_cache(self, file: str | os.PathLike[str]) -> int:
+        """Remember what `save_prefix_cache` wrote, as much as there is room for, and return how many tokens that are.
+
+        Raises GenerationError when the file is not there, is damaged, or is of another model or quantization.
+        """
+        with handle_exceptions("load the prefix cache", into=GenerationError):
+            return self._ready().engine.load_prefixes(file)
 
     # -- facts ----------------------------------------------------------------------------------------------------
 

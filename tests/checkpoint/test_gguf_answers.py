@@ -15,7 +15,7 @@ from loadstone.checkpoint import architectures, inspect, open_weights
 from loadstone.checkpoint.architectures import find_architecture, register_architecture
 from loadstone.config import LoadConfig
 from loadstone.hardware import Device, MemorySettings
-from loadstone.model import Segment, build
+from loadstone.model import Segment, build, table_of
 from loadstone.planner import plan
 from loadstone.quantization import register_strategy, registry
 from loadstone.quantization.none import NoQuantization
@@ -33,7 +33,9 @@ def logits(files: ModelFiles, strategy: str = "none") -> torch.Tensor:
     decision = plan(wish, spec, CPU, EXACT, runtime_bytes=0, resident_bytes=0)
     with open_weights(spec) as weights:
         decoder = build(decision, spec, weights)
-    return decoder.forward(PROMPT, [Segment(0, 0, len(PROMPT))], decoder.new_cache(64), every_token=True)
+    cache = decoder.new_cache(64)
+    segment = Segment(table_of(cache.take(cache.blocks)), 0, len(PROMPT), wanted=len(PROMPT))
+    return decoder.forward(PROMPT, [segment], cache)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])

@@ -124,7 +124,7 @@ def test_a_huge_file_is_refused_without_being_parsed() -> None:
         ("modelconfig:\n  device: cpu\n", 1, "modelconfig", "did you mean 'model_config'?"),
         ("\ndevice: cpu\n", 2, "device", "did you mean 'model_config.device'?"),
         ("model_config:\n  seed: 1\n", 2, "model_config.seed", "did you mean 'generation.seed'?"),
-        ("zzzzzz: 1\n", 1, "zzzzzz", "known are model_config, generation, retry"),
+        ("zzzzzz: 1\n", 1, "zzzzzz", "known are model_config, generation, engine, retry"),
         (
             "model_config:\n  max_memory: 20 bananas\n",
             2,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loadstone.config import EngineConfig
 from loadstone.engine import Engine
 from loadstone.loaded import LoadedModel
 from loadstone.model import Decoder, KVCache, Segment
@@ -44,11 +45,12 @@ class Watched:
         """Let every answer be these tokens, the last of them again and again."""
 
         def after(segments: Sequence[Segment], logits: torch.Tensor) -> torch.Tensor:
-            spoken = torch.zeros_like(logits)
-            for row, segment in enumerate(segments):
-                first = next(part.length for one in self.passes for part, _ in one if part.base == segment.base)
-                place = segment.start + segment.length - first
-                spoken[row, tokens[min(place, len(tokens) - 1)]] = 1.0
+            spoken, rows = torch.zeros_like(logits), iter(range(len(logits)))
+            for segment in segments:
+                prompt = next(one for turn in self.passes for one, _ in turn if one.table is segment.table)
+                end = segment.start + segment.length - prompt.start - prompt.length
+                for place in range(end - segment.wanted + 1, end + 1):
+                    spoken[next(rows), tokens[min(place, len(tokens) - 1)]] = 1.0
             return spoken
 
         self.after = after
@@ -83,11 +85,17 @@ class Gate:
 
 
 @contextmanager
-def watched_engine(model: LoadedModel, **changes: Any) -> Iterator[tuple[Engine, Watched]]:
-    """Another engine on a loaded model's decoder, with its own cache; `changes` are the plan's."""
+def watched_engine(
+    model: LoadedModel, wish: EngineConfig | None = None, **changes: Any
+) -> Iterator[tuple[Engine, Watched]]:
+    """Another engine on a loaded model's decoder, with its own cache; `changes` are the plan's.
+
+    It reads every prompt whole and guesses nothing, unless `wish` says otherwise.
+    """
     watched = Watched(model.decoder)
     plan = replace(model.plan, **changes)
-    engine = Engine(watched, model.tokenizer, model.engine.template, plan)  # type: ignore[arg-type]
+    wish = wish or EngineConfig(prefix_reuse=False, speculation=False)
+    engine = Engine(watched, model.tokenizer, model.engine.template, plan, wish)  # type: ignore[arg-type]
     try:
         yield engine, watched
     finally:

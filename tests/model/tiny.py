@@ -18,8 +18,9 @@ from loadstone.checkpoint import inspect
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.config import LoadConfig
 from loadstone.hardware import Device, MemorySettings
-from loadstone.model import Decoder, KVCache, Segment, build
+from loadstone.model import Decoder, KVCache, Segment, blocks_for, build
 from loadstone.planner import Plan, plan
+from loadstone.quantization.kernels.words import KV_BLOCK
 from loadstone.sources import ModelFiles, resolve
 
 VOCAB = 300
@@ -81,31 +82,38 @@ def load(place: Path | str, **wishes: Any) -> tuple[Decoder, ModelSpec, Plan]:
 
 @dataclass
 class Sequences:
-    """Sequences of tokens that share one decoder and one cache."""
+    """Sequences of tokens that share one decoder and one cache, in which their blocks are mixed."""
 
     decoder: Decoder
     cache: KVCache
-    room: int
+    tables: list[torch.Tensor]
 
     @classmethod
     def of(cls, decoder: Decoder, count: int = 1, room: int = 160) -> Sequences:
-        return cls(decoder, decoder.new_cache(count * room), room)
+        cache = decoder.new_cache(count * blocks_for(room) * KV_BLOCK)
+        mixed = torch.randperm(cache.blocks, generator=torch.Generator().manual_seed(1))
+        return cls(decoder, cache, [*mixed.chunk(count)])
 
     def feed(self, ids: Sequence[int], start: int = 0, *, index: int = 0, every_token: bool = False) -> torch.Tensor:
         """Return the logits after new tokens of one sequence, the first of them at `start`."""
-        segment = Segment(index * self.room, start, len(ids))
-        return self.decoder.forward(ids, [segment], self.cache, every_token=every_token)
+        segment = Segment(self.tables[index], start, len(ids), len(ids) if every_token else 1)
+        return self.decoder.forward(ids, [segment], self.cache)
 
     def together(
         self, ids: Sequence[Sequence[int]], starts: Sequence[int], *, every_token: bool = False
     ) -> torch.Tensor:
         """Return the logits after new tokens of all sequences, made in one forward pass."""
         segments = [
-            Segment(index * self.room, start, len(part))
-            for index, (part, start) in enumerate(zip(ids, starts, strict=True))
+            Segment(table, start, len(part), len(part) if every_token else 1)
+            for table, part, start in zip(self.tables, ids, starts, strict=False)  # some may rest
         ]
         flat = [one for part in ids for one in part]
-        return self.decoder.forward(flat, segments, self.cache, every_token=every_token)
+        return self.decoder.forward(flat, segments, self.cache)
+
+
+def every_logit(decoder: Decoder, ids: Sequence[int]) -> torch.Tensor:
+    """Return the logits after each of a text's tokens."""
+    return Sequences.of(decoder, room=len(ids)).feed(ids, every_token=True)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -59,8 +59,8 @@ def test_tied_embedding_is_kept_once() -> None:
 
 
 def test_key_value_cache_is_56_kib_a_token_in_16_bits() -> None:
-    assert estimate_kv(qwen_7b(), GPU_SETTINGS, context=1, streams=1) == 56 * 1024
-    assert estimate_kv(qwen_7b(), CPU_SETTINGS, context=10, streams=3) == 2 * 30 * 56 * 1024
+    assert estimate_kv(qwen_7b(), GPU_SETTINGS, context=16, streams=1) == 16 * 56 * 1024
+    assert estimate_kv(qwen_7b(), CPU_SETTINGS, context=10, streams=3) == 2 * 3 * 16 * 56 * 1024  # blocks of 16
 
 
 def estimator(name: str = "4bit", *, spec=None, kind: str = "cpu", streams: int = 1) -> Estimator:

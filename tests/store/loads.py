@@ -25,7 +25,7 @@ from loadstone._blake3 import digest
 from loadstone.checkpoint import inspect
 from loadstone.config import LoadConfig
 from loadstone.hardware import Device, MemorySettings
-from loadstone.model import Decoder, Segment, build
+from loadstone.model import Decoder, Segment, build, table_of
 from loadstone.planner import plan
 from loadstone.sources import resolve
 from loadstone.store import Store
@@ -46,7 +46,9 @@ def load(folder: Path, store: Store | None, strategy: str = "4bit") -> Decoder:
 
 def answer(decoder: Decoder) -> str:
     """Return the digest of a decoder's logits for a few tokens: the same for the same weights, bit by bit."""
-    logits = decoder.forward(IDS, [Segment(0, 0, len(IDS))], decoder.new_cache(64), every_token=True)
+    cache = decoder.new_cache(64)
+    segment = Segment(table_of(cache.take(1)), 0, len(IDS), wanted=len(IDS))
+    logits = decoder.forward(IDS, [segment], cache)
     return digest(logits.contiguous().view(torch.uint8).numpy())
 
 

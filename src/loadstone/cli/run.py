@@ -115,6 +115,9 @@ def _as_json(ready: Ready, result: GenerationResult) -> dict[str, Any]:
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,
             "completion_tokens": result.usage.completion_tokens,
+            "cached_tokens": result.usage.cached_tokens,
+            "drafted_tokens": result.usage.drafted_tokens,
+            "accepted_tokens": result.usage.accepted_tokens,
         },
         "timing": {
             "load_s": round(ready.load_s, 4),

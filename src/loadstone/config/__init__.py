@@ -2,10 +2,11 @@
 
 from .generation import GenerationConfig, Sampling, generation_from_checkpoint, resolve_generation, tell_generation
 from .manager import ConfigManager
-from .schema import LoadConfig, LoadstoneConfig, RetryConfig, StoreConfig
+from .schema import EngineConfig, LoadConfig, LoadstoneConfig, RetryConfig, StoreConfig
 
 __all__ = [
     "ConfigManager",
+    "EngineConfig",
     "GenerationConfig",
     "LoadConfig",
     "LoadstoneConfig",

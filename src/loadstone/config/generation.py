@@ -59,6 +59,10 @@ class GenerationConfig(Wish):
     """What sampling starts from, so that an answer can be had again; a fresh one each time where nobody
     says."""
 
+    logprobs: int | None = Field(default=None, ge=0, le=100, examples=["5"])
+    """Whether each token of the answer comes with the logarithm of its probability (`result.logprobs`), and
+    with how many of the likeliest others; none come where nobody says."""
+
     @field_validator("temperature", mode="after")
     @classmethod
     def _temperature(cls, value: float | None) -> float | None:
@@ -91,6 +95,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:

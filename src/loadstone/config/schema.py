@@ -163,6 +163,22 @@ class StoreConfig(Wish):
         return _size(value)
 
 
+class EngineConfig(Wish):
+    """How requests are served together (`engine` in a file)."""
+
+    prefix_reuse: bool = Field(default=True, examples=["true"])
+    """Whether what a prompt has in common with earlier ones stays in the KV cache, as long as there is room, and is not
+    read again. On by default: a conversation's next turn begins at once."""
+
+    speculation: bool = Field(default=True, examples=["true"])
+    """Whether several tokens are computed in one step where the text seems to repeat what came before, as answers that
+    quote do. On by default: answers are the same, and what does not pay is left by itself."""
+
+    queue: int = Field(default=1024, ge=1, le=10_000_000, examples=["1024"])
+    """How many requests may wait for their turn; one more is refused with QueueFullError, where `generate_batch`
+    waits itself. 1024 by default: who comes later would wait too long to be glad of the answer."""
+
+
 class LoadstoneConfig(Wish):
     """Everything that can be asked for: one group a section of the file."""
 
@@ -178,6 +194,9 @@ class LoadstoneConfig(Wish):
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     """How answers are made where neither the call nor anything later says otherwise."""
 
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    """How requests are served together."""
+
     retry: RetryConfig = Field(default_factory=RetryConfig)
     """How hard to try when the network fails."""
 
@@ -188,6 +207,7 @@ class LoadstoneConfig(Wish):
 SECTIONS: dict[str, tuple[str, type[Wish]]] = {
     "model_config": ("model", LoadConfig),
     "generation": ("generation", GenerationConfig),
+    "engine": ("engine", EngineConfig),
     "retry": ("retry", RetryConfig),
     "store": ("store", StoreConfig),
 }

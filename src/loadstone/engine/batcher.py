@@ -1,8 +1,8 @@
 """Runs requests together: each step of the decoder serves every sequence that is under way.
 
 One thread owns the decoder and the cache. A request waits until the cache has room for all that it may need, first
-come first served; its prompt is read in chunks, between the steps of those already answering. Knows tokens and
-text pieces; nothing of templates.
+come first served; what its prompt shares with an earlier one is not read again, and the rest is read in chunks, between
+the steps of those already answering. Knows tokens and text pieces; nothing of templates.
 """
 
 from __future__ import annotations
@@ -13,26 +13,40 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 
 import torch
 
-from loadstone.errors import GenerationError, LoadstoneError, handle_exceptions
+from loadstone.config import EngineConfig
+from loadstone.errors import (
+    ContextLengthError,
+    GenerationError,
+    LoadstoneError,
+    QueueFullError,
+    handle_exceptions,
+)
 from loadstone.memory import forget_frames
 from loadstone.model import Decoder, Segment
 
+from .logprobs import TokenLogprob, logprob_of
+from .prefix_file import read_prefixes, write_prefixes
+from .prefixes import Places, Prefixes
 from .request import Chunk, GenerationResult, Request, Timing, Usage
 from .sampling import Sampler
+from .speculation import MOST, Costs, Drafter
 from .stop import StopStrings
 from .text import TextStream
 
 MOST_TOGETHER = 64  # sequences in one step; more would make every one of them slow
+LARGEST_STEP = 64  # tokens in one step of decoding, those that are only guessed included
 
 
 @dataclass(eq=False)
 class Answer:
     """One answer, waiting or under way: its places in the cache, and what it has come to.
 
-    It may take `room` places; those it has begin at `base`, which is None as long as it waits.
+    It may take `room` places, which it has as soon as it is under way.
     """
 
     request: Request
@@ -40,11 +54,17 @@ class Answer:
     text: TextStream
     stop: StopStrings
     room: int
-    base: int | None = None
+    places: Places | None = None
+    drafter: Drafter | None = None
     started_at: float = 0.0
     read: int = 0  # tokens of the prompt that are in the cache
+    known: int = 0  # of these, those that were there before
+    drafts: list[int] = field(default_factory=list)  # what is guessed to come after the last token
+    drafted: int = 0
+    accepted: int = 0
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token_at: float = 0.0
 
     @property
@@ -55,15 +75,24 @@ class Answer:
     def is_cancelled(self) -> bool:
         return self.request.cancelled.is_set()
 
-    def take_turn(self, chunk: int) -> tuple[Sequence[int], int]:
-        """Return the tokens that come next, at most `chunk`, and where the first of them goes."""
-        prompt = self.request.prompt
-        if not self.is_reading:
-            return self.tokens[-1:], len(prompt) + len(self.tokens) - 1
-        start = self.read
-        new = prompt[start : start + chunk]
-        self.read += len(new)
-        return new, start
+    @property
+    def length(self) -> int:
+        """How many tokens prompt and answer have."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens whose keys and values are in the cache: all but the last that was chosen."""
+        return [*self.request.prompt[: self.read], *self.tokens[:-1]]
+
+    def turn(self, chunk: int) -> tuple[Sequence[int], int, int]:
+        """Return the tokens that come next, at most `chunk` of a prompt; the first one's position; logits wanted."""
+        if self.is_reading:
+            start = self.read
+            new = self.request.prompt[start : start + chunk]
+            self.read += len(new)
+            return new, start, 1
+        return [self.tokens[-1], *self.drafts], self.length - 1, 1 + len(self.drafts)
 
 
 class Batcher:
@@ -74,15 +103,19 @@ class Batcher:
 
     def __init__(
         self, decoder: Decoder, *, context: int, cache_tokens: int, chunk: int, ends: Sequence[int],
-        new_text: Callable[[], TextStream],
+        new_text: Callable[[], TextStream], spell: Callable[[int], str], wish: EngineConfig,
     ) -> None:  # fmt: skip
         self.decoder = decoder
         self.context = context
         self.chunk = chunk
         self.ends = frozenset(ends)
         self.vocabulary = decoder.embedding.rows
+        self.wish = wish
         self.cache = decoder.new_cache(cache_tokens)
-        self._new_text = new_text
+        self.prefixes = Prefixes(self.cache, is_on=wish.prefix_reuse)
+        self._costs = Costs()
+        self._is_full = False  # nothing more can be admitted before somebody leaves
+        self._new_text, self._spell = new_text, spell
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
         self._changed = threading.Condition()
@@ -90,20 +123,35 @@ class Batcher:
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; raises GenerationError when it can never be served, or when this is closed."""
+    def submit(self, request: Request, *, is_patient: bool = False) -> None:
+        """Queue a request.
+
+        Raises GenerationError when it can never be served or this is closed, and QueueFullError when too many wait
+        already; who `is_patient` waits instead.
+        """
         self._check(request.prompt)
         sampling = request.sampling
         room = min(len(request.prompt) + sampling.max_new_tokens, self.context)
         answer = Answer(request, Sampler(sampling, request.prompt), self._new_text(), StopStrings(sampling.stop), room)
         with self._changed:
-            if self._is_closed or self._is_draining:
+            if is_patient:
+                self._changed.wait_for(lambda: len(self._waiting) < self.wish.queue or self._takes_no_more)
+            if self._takes_no_more:
                 raise GenerationError("The model was unloaded.", hint="Load it again before asking.")
+            if len(self._waiting) >= self.wish.queue:
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests wait already, and no more may (engine.queue).",
+                    hint="Ask again later, allow a longer queue, or more `streams` at once.",
+                )
             self._waiting.append(answer)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="loadstone-engine", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    @property
+    def _takes_no_more(self) -> bool:
+        return self._is_closed or self._is_draining
 
     def drain(self) -> None:
         """Take no more requests, and return when none is waiting or running."""
@@ -122,9 +170,31 @@ class Batcher:
             if self._waiting or self._running or self._is_closed:
                 return False
             tokens = self.cache.tokens
-            del self.cache
+            del self.cache, self.prefixes
             self.cache = self.decoder.new_cache(tokens)
+            self.prefixes = Prefixes(self.cache, is_on=self.wish.prefix_reuse)
             return True
+
+    def save_prefixes(self, file: Path) -> int:
+        """Write what the cache remembers to a file, when no request is under way any more; return its tokens."""
+        with self._idle():
+            return write_prefixes(file, self.prefixes, self.cache, self.decoder.identity())
+
+    def load_prefixes(self, file: Path) -> int:
+        """Remember what a file says, when no request is under way any more; return its tokens."""
+        if not self.wish.prefix_reuse:
+            raise GenerationError("Prefixes are not reused (engine.prefix_reuse).", hint="Set it to true.")
+        with self._idle():
+            return read_prefixes(file, self.prefixes, self.cache, self.decoder.identity())
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """Wait until no request is waiting or running, and let none begin inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or not (self._waiting or self._running))
+            if self._is_closed:
+                raise GenerationError("The model was unloaded.", hint="Load it again before asking.")
+            yield
 
     def close(self) -> None:
         """End the thread and every request with GenerationError, and let go of the decoder and the cache."""
@@ -141,17 +211,14 @@ class Batcher:
             self._waiting.clear()
             self._running.clear()
             self._changed.notify_all()
-        del self.cache, self.decoder
+        del self.cache, self.prefixes, self.decoder
 
     def _check(self, prompt: Sequence[int]) -> None:
         length = len(prompt)
         if length == 0:
             raise GenerationError("The prompt is empty.", hint="Give at least one character, or a message.")
         if length >= self.context:
-            raise GenerationError(
-                f"The prompt has {length} tokens; the context has {self.context} with room for at least one more.",
-                hint="Shorten the prompt, or load the model with a larger `context`.",
-            )
+            raise ContextLengthError(length, self.context)
         unknown = [token for token in (min(prompt), max(prompt)) if not 0 <= token < self.vocabulary]
         if unknown:
             raise GenerationError(
@@ -165,7 +232,7 @@ class Batcher:
                 self._changed.wait_for(lambda: self._is_closed or self._waiting or self._running)
                 if self._is_closed:
                     return
-                with self._failing_only(*self._waiting):
+                with self._failing_only(*islice(self._waiting, 1)):
                     self._admit()
             self._drop_cancelled()
             turn = self._turn()
@@ -175,14 +242,26 @@ class Batcher:
                 self._changed.notify_all()
 
     def _admit(self) -> None:
-        """Start waiting requests, in order, as long as the cache has room for all that each may need."""
-        while self._waiting and len(self._running) < MOST_TOGETHER:
-            answer = self._waiting[0]
-            answer.base = self.cache.reserve(answer.room)
-            if answer.base is None:
-                return
-            answer.started_at = time.perf_counter()
-            self._running.append(self._waiting.popleft())
+        """Start the request that waits longest, when no prompt is being read and the cache has room for all of it.
+
+        Only one prompt is read at a time, so the next one begins when it can share what this one said.
+        """
+        if self._is_full or not self._waiting or len(self._running) >= MOST_TOGETHER:
+            return
+        if any(answer.is_reading for answer in self._running):
+            return
+        answer = self._waiting[0]
+        if answer.is_cancelled:
+            return
+        answer.places = self.prefixes.begin(answer.request.prompt, answer.room)
+        if answer.places is None:
+            self._is_full = True
+            return
+        answer.read = answer.known = answer.places.known
+        answer.started_at = time.perf_counter()
+        if self.wish.speculation:
+            answer.drafter = Drafter(answer.request.prompt)
+        self._running.append(self._waiting.popleft())
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -201,44 +280,86 @@ class Batcher:
             forget_frames(error)
             for answer in answers:
                 if answer in self._running or answer in self._waiting:
-                    self._leave(answer)
+                    self._leave(answer, is_spoilt=True)
                     answer.request.line.put(error)
 
     def _turn(self) -> list[Answer]:
-        """Return who is in the next step: all that are answering, and the first that still reads its prompt."""
-        reading = [answer for answer in self._running if answer.is_reading]
-        return [answer for answer in self._running if not answer.is_reading] + reading[:1]
+        """Return who is in the next step: all that are answering, and the one that reads its prompt."""
+        return sorted(self._running, key=lambda answer: answer.is_reading)
 
     def _step(self, turn: list[Answer]) -> None:
+        if not turn:
+            return
+        is_decoding = not turn[-1].is_reading
+        if is_decoding:
+            self._draft(turn)
         ids: list[int] = []
         segments: list[Segment] = []
         for answer in turn:
-            assert answer.base is not None  # it runs
-            new, start = answer.take_turn(self.chunk)
+            assert answer.places is not None  # it runs
+            new, start, wanted = answer.turn(self.chunk)
             ids.extend(new)
-            segments.append(Segment(answer.base, start, len(new)))
-        if not turn:
-            return
-        for answer, row in zip(turn, self.decoder.forward(ids, segments, self.cache), strict=True):
+            segments.append(Segment(answer.places.table, start, len(new), wanted))
+        started = time.perf_counter()
+        logits = self.decoder.forward(ids, segments, self.cache)
+        if is_decoding:
+            self._costs.note(len(ids), time.perf_counter() - started)
+        for answer, rows in zip(turn, torch.split(logits, [one.wanted for one in segments]), strict=True):
             if not answer.is_reading:
                 with self._failing_only(answer):
-                    self._take(answer, row)
+                    self._take(answer, rows)
+
+    def _draft(self, turn: list[Answer]) -> None:
+        """Guess what each answer says next, as far as that is worth its time."""
+        rows = len(turn)
+        for answer in turn:
+            if answer.drafter is not None:
+                most = min(MOST, answer.room - answer.length - 1, LARGEST_STEP - rows)
+                answer.drafts = answer.drafter.guess(most, self._costs, rows)
+                rows += len(answer.drafts)
 
     def _take(self, answer: Answer, logits: torch.Tensor) -> None:
-        """Choose the next token of an answer, and send what text it completes."""
+        """Choose the next tokens of an answer, as long as guesses were right, and send what text they complete."""
+        if not answer.tokens:
+            assert answer.places is not None
+            self.prefixes.share(answer.places, answer.request.prompt)
+        drafts, answer.drafts = answer.drafts, []
+        right = 0
+        for row, draft in zip(logits, [*drafts, None], strict=True):
+            token = self._choose(answer, row)
+            if self._add(answer, token) or token != draft:
+                break
+            right += 1
+        answer.drafted += len(drafts)
+        answer.accepted += right
+        if answer.drafter is not None and drafts:
+            answer.drafter.learn(len(drafts), right)
+
+    def _choose(self, answer: Answer, logits: torch.Tensor) -> int:
         token = answer.sampler.choose(logits)
         if not answer.tokens:
             answer.first_token_at = time.perf_counter()
         answer.tokens.append(token)
+        if answer.drafter is not None:
+            answer.drafter.push(token)
+        if (count := answer.request.sampling.logprobs) is not None:
+            answer.logprobs.append(logprob_of(logits, token, count, self._spell))
+        return token
+
+    def _add(self, answer: Answer, token: int) -> bool:
+        """Send what text a chosen token completes; return whether the answer ends with it."""
         if token in self.ends:
             self._finish(answer, "stop")
-            return
+            return True
         text, is_stopped = answer.stop.push(answer.text.push(token))
         self._send(answer, text)
         if is_stopped:
             self._finish(answer, "stop")
-        elif len(answer.request.prompt) + len(answer.tokens) >= answer.room:
+        elif answer.length >= answer.room:
             self._finish(answer, "length")
+        else:
+            return False
+        return True
 
     def _send(self, answer: Answer, text: str) -> None:
         if text:
@@ -252,20 +373,24 @@ class Batcher:
         if answer.stop.hit:
             reason = "stop"
         self._leave(answer)
-        result = GenerationResult("".join(answer.pieces), reason, _usage(answer), _timing(answer))
+        result = GenerationResult(
+            "".join(answer.pieces), reason, _usage(answer), _timing(answer), logprobs=tuple(answer.logprobs)
+        )
         answer.request.line.put(Chunk("", result))
 
-    def _leave(self, answer: Answer) -> None:
+    def _leave(self, answer: Answer, *, is_spoilt: bool = False) -> None:
+        """Take an answer out and its places back; what it has in the cache is not to be used when `is_spoilt`."""
         with self._changed:  # or somebody finds nothing under way, and renews the cache, before its places are back
-            if answer.base is None:
+            if answer.places is None:
                 self._waiting.remove(answer)
             else:
                 self._running.remove(answer)
-                self.cache.release(answer.base, answer.room)
+                self.prefixes.end(answer.places, [] if is_spoilt else answer.cached)
+                self._is_full = False
 
 
 def _usage(answer: Answer) -> Usage:
-    return Usage(len(answer.request.prompt), len(answer.tokens))
+    return Usage(len(answer.request.prompt), len(answer.tokens), answer.known, answer.drafted, answer.accepted)
 
 
 def _timing(answer: Answer) -> Timing:

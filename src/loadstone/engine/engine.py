@@ -5,13 +5,15 @@ Knows the tokenizer, the chat template and what sampling is in force; leaves the
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from loadstone.checkpoint.template import ChatTemplate
 from loadstone.checkpoint.tokenizer import Tokenizer
-from loadstone.config import Sampling
+from loadstone.config import EngineConfig, Sampling
 from loadstone.errors import ConfigurationError
 from loadstone.model import Decoder
 from loadstone.planner import Plan
@@ -30,17 +32,22 @@ class Engine:
     it as it is. A sequence of role/content mappings is a conversation.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, plan: Plan) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None, plan: Plan,
+        wish: EngineConfig | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.template = template
         self.context = plan.context
         self._batcher = Batcher(
             decoder,
             context=plan.context,
-            cache_tokens=plan.context * plan.streams,
+            cache_tokens=plan.cache_tokens,
             chunk=plan.settings.prefill_chunk,
             ends=tokenizer.eos_token_ids,
             new_text=lambda: TextStream(tokenizer),
+            spell=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+            wish=wish or EngineConfig(),
         )
         self.cache_bytes = self._batcher.cache.nbytes  # of the KV cache when it is full
         # Nobody asks an engine that nobody holds. And a thread that outlives the interpreter is torn down inside
@@ -65,11 +72,13 @@ class Engine:
             return self.tokenizer.encode(text, add_special_tokens=True)
         return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
 
-    def stream(self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None) -> Stream:
-        """Start an answer and return its chunks as they are made."""
-        tokens = self.encode(prompt, raw=raw, system=system)
-        request = Request(tokens, sampling)
-        self._batcher.submit(request)
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None,
+        is_patient: bool = False,
+    ) -> Stream:  # fmt: skip
+        """Start an answer and return its chunks as they are made; who `is_patient` waits for room in the queue."""
+        request = Request(self.encode(prompt, raw=raw, system=system), sampling)
+        self._batcher.submit(request, is_patient=is_patient)
         return Stream(request, self)
 
     def generate(
@@ -86,7 +95,7 @@ class Engine:
         try:
             for prompt in prompts:
                 try:
-                    streams.append(self.stream(prompt, sampling, raw=raw, system=system))
+                    streams.append(self.stream(prompt, sampling, raw=raw, system=system, is_patient=True))
                 except Exception as error:  # noqa: BLE001 - it becomes that prompt's result
                     streams.append(error)
             return [_result_of(stream) for stream in streams]
@@ -104,8 +113,16 @@ class Engine:
         self._batcher.drain()
 
     def renew_cache(self) -> bool:
-        """Give back the memory of the KV cache, which is empty between answers; return False while one is made."""
+        """Give back the memory of the KV cache and all that it remembers; return False while an answer is made."""
         return self._batcher.renew_cache()
+
+    def save_prefixes(self, file: str | os.PathLike[str]) -> int:
+        """Write what the KV cache remembers to `file`; see `ModelManager.save_prefix_cache`."""
+        return self._batcher.save_prefixes(Path(file))
+
+    def load_prefixes(self, file: str | os.PathLike[str]) -> int:
+        """Remember what `file` says; see `ModelManager.load_prefix_cache`."""
+        return self._batcher.load_prefixes(Path(file))
 
     def close(self) -> None:
         """End every request and let go of the decoder."""

@@ -16,13 +16,22 @@ from types import TracebackType
 from loadstone.config import Sampling
 from loadstone.errors import GenerationError
 
+from .logprobs import TokenLogprob
+
 
 @dataclass(frozen=True)
 class Usage:
-    """How many tokens a request took."""
+    """How many tokens a request took.
+
+    `cached_tokens` of the prompt were in the KV cache already, from an earlier one that begins alike. Of
+    `drafted_tokens`, guessed to be computed ahead, `accepted_tokens` were right and are part of the answer.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -45,7 +54,8 @@ class GenerationResult:
     """An answer. `str(result)` is its text.
 
     `finish_reason` is "stop" (the model ended, or a stop string came), "length" (max_new_tokens or the context's
-    end), "cancelled", or "error" with the `error`, which only results of a batch have.
+    end), "cancelled", or "error" with the `error`, which only results of a batch have. `logprobs` has an item for each
+    token of the answer where they were asked for.
     """
 
     text: str
@@ -53,6 +63,7 @@ class GenerationResult:
     usage: Usage
     timing: Timing
     error: Exception | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text

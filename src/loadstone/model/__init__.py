@@ -1,7 +1,8 @@
 """The decoder of a model and how it is built from a plan: knows tokens, not text."""
 
+from .batch import Segment
 from .build import build, can_be_kept, keep
-from .cache import KVCache
-from .decoder import Decoder, Segment
+from .cache import KVCache, blocks_for, table_of
+from .decoder import Decoder
 
-__all__ = ["Decoder", "KVCache", "Segment", "build", "can_be_kept", "keep"]
+__all__ = ["Decoder", "KVCache", "Segment", "blocks_for", "build", "can_be_kept", "keep", "table_of"]

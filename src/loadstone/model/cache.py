@@ -1,31 +1,39 @@
 """The KV cache: keys and values of every token of every running sequence, in memory taken once.
 
-One arena of tokens, in which each sequence holds a run of places side by side, so that attention reads plain slices
-and the memory of one long conversation serves many short ones.
+Places come in blocks. A sequence holds a table of blocks in any order, so no memory is lost between sequences, and
+sequences that begin alike can hold the same blocks. Who holds which block, and what it says, is not known here.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from loadstone.quantization.kernels.words import KV_BLOCK
+
 
 class KVCache:
-    """Keys and values for `tokens` tokens in all.
+    """Keys and values for `tokens` tokens in all, rounded up to whole blocks of KV_BLOCK.
 
-    `keys` and `values` are layers × kv_heads × tokens × head_size. On the CPU pages are taken only as tokens come.
+    `keys` and `values` are layers × kv_heads × places × head_size. On the CPU pages are taken only as tokens come.
     """
 
     def __init__(
         self, layers: int, kv_heads: int, tokens: int, head_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (layers, kv_heads, tokens, head_size)
+        self.blocks = blocks_for(tokens)
+        shape = (layers, kv_heads, self.blocks * KV_BLOCK, head_size)
         self.keys = _lazy(shape, dtype, device)
         self.values = _lazy(shape, dtype, device)
-        self.tokens = tokens
-        self._free = [(0, tokens)]  # (first place, how many), in order, never touching one another
+        self._free = [*reversed(range(self.blocks))]  # the next one last
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it holds when every place is taken."""
+        return self.blocks * KV_BLOCK
 
     @property
     def nbytes(self) -> int:
@@ -33,27 +41,35 @@ class KVCache:
         return self.keys.nbytes + self.values.nbytes
 
     @property
-    def free_tokens(self) -> int:
-        """How many places no sequence holds."""
-        return sum(count for _, count in self._free)
+    def free_blocks(self) -> int:
+        """How many blocks nobody holds."""
+        return len(self._free)
 
-    def reserve(self, count: int) -> int | None:
-        """Take `count` places side by side and return the first, or None when there is no such gap now."""
-        for index, (first, free) in enumerate(self._free):
-            if free >= count:
-                self._free[index : index + 1] = [(first + count, free - count)] if free > count else []
-                return first
-        return None
+    def take(self, count: int) -> list[int]:
+        """Take `count` blocks, of which there must be enough."""
+        if count > len(self._free):
+            raise ValueError(f"{count} blocks were asked for and {len(self._free)} are free")
+        return [self._free.pop() for _ in range(count)]
 
-    def release(self, first: int, count: int) -> None:
-        """Give back the places that `reserve` took."""
-        merged: list[tuple[int, int]] = []
-        for start, length in sorted([*self._free, (first, count)]):
-            if merged and sum(merged[-1]) == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Give back blocks that `take` gave; those given back last are taken first, while they are near the cores."""
+        self._free.extend(reversed(blocks))
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` tokens of one block to another."""
+        here, there = source * KV_BLOCK, target * KV_BLOCK
+        for kept in (self.keys, self.values):
+            kept[:, :, there : there + count] = kept[:, :, here : here + count]
+
+
+def blocks_for(tokens: int) -> int:
+    """Return how many blocks so many tokens take."""
+    return -(-tokens // KV_BLOCK)
+
+
+def table_of(blocks: Sequence[int]) -> torch.Tensor:
+    """Return a sequence's table as the decoder reads it: int64, on the CPU."""
+    return torch.tensor(blocks, dtype=torch.int64)
 
 
 def _lazy(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

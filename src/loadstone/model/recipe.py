@@ -14,7 +14,8 @@ from loadstone.checkpoint.spec import ModelSpec
 from loadstone.planner import Plan
 from loadstone.quantization.linear import Linear
 
-from .decoder import Decoder, Layer, Product
+from .decoder import Decoder
+from .layer import Layer, Product
 from .rope import rope_tables
 
 VECTOR = "vector"

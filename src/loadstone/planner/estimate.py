@@ -14,6 +14,7 @@ from loadstone.checkpoint.weights import PIECE_NUMBERS, PIECE_NUMBERS_PACKED
 from loadstone.checkpoint.workers import thread_count
 from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
+from loadstone.quantization.kernels.words import KV_BLOCK
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec, TensorInfo
@@ -84,8 +85,13 @@ def estimate_weights(spec: ModelSpec, strategy: Strategy, settings: MemorySettin
 
 
 def estimate_kv(spec: ModelSpec, settings: MemorySettings, *, context: int, streams: int) -> int:
-    """Return the bytes of the KV cache for `streams` conversations of `context` tokens."""
-    return spec.kv_elements_per_token * context * streams * dtype_bytes(settings.cache_dtype)
+    """Return the bytes of the KV cache for `streams` conversations of `context` tokens, each of whole blocks."""
+    return spec.kv_elements_per_token * cache_tokens(context, streams) * dtype_bytes(settings.cache_dtype)
+
+
+def cache_tokens(context: int, streams: int) -> int:
+    """Return how many tokens the KV cache has places for."""
+    return -(-context // KV_BLOCK) * KV_BLOCK * streams
 
 
 def estimate_activations(

@@ -17,7 +17,7 @@ from loadstone.hardware.device import Device, MemorySettings
 from loadstone.quantization import find_strategy
 from loadstone.units import format_size
 
-from .estimate import Estimate, Estimator
+from .estimate import Estimate, Estimator, cache_tokens
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec
@@ -53,6 +53,11 @@ class Plan:
     allowed_bytes: int
     reasons: tuple[str, ...] = ()
     forced: bool = False
+
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens the KV cache has places for."""
+        return cache_tokens(self.context, self.streams)
 
     @property
     def other_bytes(self) -> dict[str, int]:

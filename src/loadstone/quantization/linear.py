@@ -14,7 +14,7 @@ import torch
 
 from .base import Facts
 from .codes import BLOCK
-from .kernels.cpu import CpuKernels, cpu_kernels
+from .kernels.cpu import Call, CpuKernels, Work, cpu_kernels
 from .reference import dequantize_nf4
 
 functional = torch.nn.functional
@@ -105,18 +105,29 @@ class KernelLinear(Linear):
     def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W and its scales, as `CpuKernels.product` takes them."""
 
-    def by_kernel(self, x: torch.Tensor) -> bool:
-        """Tell whether the kernel is the best way to multiply x."""
-        return self.kernels is not None and x.dtype == torch.float32
+    def takes(self, count: int) -> bool:
+        """Tell whether the kernel is the best way to multiply `count` rows of x (float32)."""
+        return self.kernels is not None
 
     def __call__(
         self, x: torch.Tensor, *, norm: torch.Tensor | None = None, epsilon: float = 0.0, gated: bool = False,
         bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        if self.kernels is None or not self.by_kernel(x):
+        if self.kernels is None or x.dtype != torch.float32 or not self.takes(x.shape[0]):
             return super().__call__(x, norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual)
         return self.kernels.product(
             self.kind, x.contiguous(), *self.packed, rows=self.rows, columns=self.columns, scale=self.scale,
+            norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual,
+        )  # fmt: skip
+
+    def call(
+        self, x: torch.Tensor, y: torch.Tensor, work: Work, *, norm: torch.Tensor | None = None, epsilon: float = 0.0,
+        gated: bool = False, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    ) -> Call:  # fmt: skip
+        """Return the kernel's call that writes the product of x into y, where it `takes` x."""
+        assert self.kernels is not None
+        return self.kernels.product_call(
+            self.kind, x, *self.packed, y=y, work=work, scale=self.scale,
             norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual,
         )  # fmt: skip
 
@@ -135,8 +146,8 @@ class DenseLinear(KernelLinear):
     def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.weight, None
 
-    def by_kernel(self, x: torch.Tensor) -> bool:
-        return super().by_kernel(x) and x.shape[0] <= FEW_ROWS
+    def takes(self, count: int) -> bool:
+        return super().takes(count) and count <= FEW_ROWS
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight) if self.weight.dtype == x.dtype else self._by_tiles(x)

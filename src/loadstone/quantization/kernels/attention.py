@@ -6,14 +6,18 @@ operations than doing them. Compiled for one head size, which makes all inner lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ._llvm import F16, F32, I16, I32, I64, Kernel, as_float32, constants, vector
 from .products import load_floats
-from .words import AttentionWords
+from .words import KV_BLOCK, AttentionWords
 
 LANES = 8
+SHIFT = KV_BLOCK.bit_length() - 1
 AT_ONCE = 4  # places looked at together, so that sums do not wait for one another
+
+Line = Callable[[Any], Any]
 
 
 def build_attention(module: Any, size: int, cache: str) -> None:
@@ -29,7 +33,7 @@ def build_attention(module: Any, size: int, cache: str) -> None:
 def _remember(module: Any, size: int, cache: str) -> Any:
     """Norm and rotate queries and keys where they are, and write keys and values into the cache."""
     k = Kernel(module, "remember", AttentionWords)
-    qkv, rows, bases, positions = k.words("qkv", "rows", "bases", "positions")
+    qkv, rows, tables, positions = k.words("qkv", "rows", "tables", "positions")
     count, keys, values, places = k.words("tokens", "keys", "values", "places")
     heads, groups = k.words("heads", "groups")
     width = k.mul(k.add(heads, k.mul(groups, I64(2))), I64(size))
@@ -37,7 +41,7 @@ def _remember(module: Any, size: int, cache: str) -> Any:
     def token(i: Any) -> None:
         row = k.mul(k.get(rows, i, I64), width)
         position = k.get(positions, i, I64)
-        place = k.add(k.get(bases, i, I64), position)
+        place = _place(k, k.get(tables, i, I64), position)
         at = k.add(qkv, k.mul(row, I64(4)))
 
         def head(h: Any) -> None:
@@ -102,7 +106,7 @@ def _copy(k: Kernel, source: Any, target: Any, index: Any, size: int, cache: str
 def _look_back(module: Any, size: int, cache: str) -> Any:
     """For each of this thread's (token, head) pairs: scores, softmax, and the weighted sum of values."""
     k = Kernel(module, "look_back", AttentionWords)
-    qkv, out, rows, bases, positions = k.words("qkv", "out", "rows", "bases", "positions")
+    qkv, out, rows, tables, positions = k.words("qkv", "out", "rows", "tables", "positions")
     count, keys, values, places = k.words("tokens", "keys", "values", "places")
     heads, groups, window = k.words("heads", "groups", "window")
     width = k.mul(k.add(heads, k.mul(groups, I64(2))), I64(size))
@@ -119,7 +123,12 @@ def _look_back(module: Any, size: int, cache: str) -> Any:
         is_cut = k.and_(k.icmp_signed(">", window, I64(0)), k.icmp_signed(">", outside, I64(0)))
         first = k.select(is_cut, outside, I64(0))
         seen = k.sub(length, first)
-        line = k.add(k.mul(k.udiv(head, per_group), places), k.add(k.get(bases, token, I64), first))
+        table, group = k.get(tables, token, I64), k.mul(k.udiv(head, per_group), places)
+
+        def line(t: Any) -> Any:
+            """Where the t-th token that is seen is in the cache, in numbers."""
+            return k.mul(k.add(group, _place(k, table, k.add(first, t))), I64(size))
+
         query = k.add(qkv, k.mul(k.add(k.mul(row, width), k.mul(head, I64(size))), I64(4)))
         most = _score(k, query, keys, line, seen, scores, size, cache)
         total = _soften(k, scores, seen, most)
@@ -130,17 +139,24 @@ def _look_back(module: Any, size: int, cache: str) -> Any:
     return k.done()
 
 
-def _score(k: Kernel, query: Any, keys: Any, line: Any, seen: Any, scores: Any, size: int, cache: str) -> Any:
-    """Write the scores of `seen` places from `line` on, and return the largest."""
+def _place(k: Kernel, table: Any, position: Any) -> Any:
+    """Return the place in the cache of a sequence's token: its blocks may be anywhere."""
+    block = k.get(table, k.lshr(position, I64(SHIFT)), I64)
+    return k.add(k.shl(block, I64(SHIFT)), k.and_(position, I64(KV_BLOCK - 1)))
+
+
+def _score(k: Kernel, query: Any, keys: Any, line: Line, seen: Any, scores: Any, size: int, cache: str) -> Any:
+    """Write the scores of the `seen` tokens, and return the largest."""
     scale = F32(as_float32(size**-0.5))
 
     def look(count: int) -> Any:
         def places(t: Any, most: Any) -> list[Any]:
             sums = [constants(F32, [0.0] * LANES)] * count
+            lines = [line(k.add(t, I64(j))) for j in range(count)]
             for part in range(0, size, LANES):
                 wanted = k.get(query, I64(part), vector(F32, LANES))
                 for j in range(count):
-                    index = k.add(k.mul(k.add(line, k.add(t, I64(j))), I64(size)), I64(part))
+                    index = k.add(lines[j], I64(part))
                     sums[j] = k.fma(load_floats(k, cache, keys, index, LANES), wanted, sums[j])
             for j in range(count):
                 score = k.fmul(k.sum(sums[j]), scale)
@@ -172,7 +188,7 @@ def _soften(k: Kernel, scores: Any, seen: Any, most: Any) -> Any:
 
 
 def _gather(
-    k: Kernel, scores: Any, seen: Any, total: Any, values: Any, line: Any, target: Any, size: int, cache: str
+    k: Kernel, scores: Any, seen: Any, total: Any, values: Any, line: Line, target: Any, size: int, cache: str
 ) -> None:
     """Write the sum of values, each weighted by its score, over the total."""
     factor = k.splat(k.fdiv(F32(1.0), total), LANES)
@@ -181,7 +197,7 @@ def _gather(
 
         def place(t: Any, *sums: Any, parts: range = parts) -> list[Any]:
             weight = k.splat(k.get(scores, t, F32), LANES)
-            index = k.mul(k.add(line, t), I64(size))
+            index = line(t)
             found = [load_floats(k, cache, values, k.add(index, I64(part)), LANES) for part in parts]
             return [k.fma(one, weight, so_far) for one, so_far in zip(found, sums, strict=True)]
 

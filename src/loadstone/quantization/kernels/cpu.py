@@ -13,13 +13,42 @@ import torch
 from loadstone.telemetry import emit
 
 from .openmp import openmp_symbols
-from .words import SUMS, AttentionWords, ProductWords, QuantizerWords
+from .words import SUMS, AttentionWords, ProductWords, QuantizerWords, ReplayWords
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _lock = threading.Lock()
 _found: list[CpuKernels | None] = []
 
 Run = Callable[[Any], None]
+
+
+class Call:
+    """A kernel with its words, which can be called again and again; what the words point to stays alive with it."""
+
+    def __init__(self, function: Run, words: tuple[int, ...], holds: tuple[object, ...]) -> None:
+        self._function, self._words, self._holds = function, _array(words), holds
+
+    def __call__(self) -> None:
+        self._function(self._words)
+
+    @property
+    def function_address(self) -> int:
+        """Where the kernel's code is."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+    @property
+    def words_address(self) -> int:
+        """Where its words are."""
+        return ctypes.addressof(self._words)
+
+
+class Work:
+    """Scratch space of products of at most `count` rows of x with at most `columns`; one call at a time uses it."""
+
+    def __init__(self, count: int, columns: int) -> None:
+        self.numbers = torch.empty(count * columns)
+        self.scales = torch.empty(count * columns // 32)
+        self.sums = torch.empty(torch.get_num_threads() * SUMS * count)
 
 
 class CpuKernels:
@@ -34,18 +63,21 @@ class CpuKernels:
         from .activations import BEFORE
         from .products import build_products
         from .quantizers import build_quantizers
+        from .replay import build_replay
 
         wide = has_features("avx512bw", "avx512vnni") if is_wide is None else is_wide
 
         def write(module: Any) -> None:
             build_products(module, is_wide=wide)
             build_quantizers(module)
+            build_replay(module)
 
         self.is_wide = wide
         self._compiled = Compiled("products-wide" if wide else "products", write, openmp_symbols())
         names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
         names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int8") for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
+        self._replay = self._compiled.function("replay")
         self._attention: dict[tuple[int, torch.dtype], AttentionKernel] = {}
 
     def product(
@@ -59,24 +91,36 @@ class CpuKernels:
         (rows × columns, one float32 scale a row), or a float type's name. f is nothing, an RMS norm with weights
         `norm`, or for `gated` silu of the first half of each row of x (M × 2·columns) times the second.
         """
-        count = x.shape[0]
-        y = torch.empty(count, rows)
+        y = torch.empty(x.shape[0], rows)
+        self.product_call(
+            kind, x, weight, scales, y=y, work=Work(x.shape[0], columns), scale=scale, norm=norm, epsilon=epsilon,
+            gated=gated, bias=bias, residual=residual,
+        )()  # fmt: skip
+        return y
+
+    def product_call(
+        self, kind: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, *,
+        y: torch.Tensor, work: Work, scale: float = 1.0, norm: torch.Tensor | None = None, epsilon: float = 0.0,
+        gated: bool = False, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    ) -> Call:  # fmt: skip
+        """Return the call that writes `product` of the same arguments into `y` (M × rows)."""
+        count, rows = y.shape
         before = ".normed" if norm is not None else ".gated" if gated else ""
-        if scales is not None:
-            scratch = torch.empty(count * columns, dtype=torch.int16)
-            more = torch.empty(count * columns // 32)
-            sums = torch.empty(torch.get_num_threads() * SUMS * count)
-        else:
-            scratch = torch.empty(count * columns) if before else x
-            more = sums = scratch
+        is_as_it_is = scales is None and not before  # floats are multiplied where they are
         words = ProductWords(
             x=x.data_ptr(), weights=weight.data_ptr(), scales=_address(scales), y=y.data_ptr(),
-            rows=rows, columns=columns, x_rows=count, scratch=scratch.data_ptr(), scratch_scales=more.data_ptr(),
+            rows=rows, columns=x.shape[1] // (2 if gated else 1), x_rows=count,
+            scratch=x.data_ptr() if is_as_it_is else work.numbers.data_ptr(), scratch_scales=work.scales.data_ptr(),
             whole=_bits(scale), threads=torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
-            bias=_address(bias), residual=_address(residual), sums=sums.data_ptr(),
+            bias=_address(bias), residual=_address(residual), sums=work.sums.data_ptr(),
         )  # fmt: skip
-        self._functions[kind + before](_array(words))
-        return y
+        return Call(self._functions[kind + before], words, (x, weight, scales, y, work, norm, bias, residual))
+
+    def replay(self, calls: Sequence[Call]) -> Call:
+        """Return the call that makes all of these, in order."""
+        places = [place for call in calls for place in (call.function_address, call.words_address)]
+        array = (ctypes.c_int64 * len(places))(*places)
+        return Call(self._replay, ReplayWords(ctypes.addressof(array), len(calls)), (array, *calls))
 
     def quantize_nf4(self, weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         """Write a weight's NF4 codes (rows × columns/2, uint8) and absmax (rows × columns/64, float32)."""
@@ -125,33 +169,53 @@ class AttentionKernel:
         `qkv` (M × (heads + 2·groups)·size) is rotated in place; `out` is M × heads·size; `keys` and `values` are
         groups × places × size; `cosines` and `sines` are positions × size/2.
         """
+        self.call(
+            qkv, out, tokens, keys, values, heads, cosines, sines, window=window, query_norm=query_norm,
+            key_norm=key_norm, epsilon=epsilon,
+        )()  # fmt: skip
+
+    def call(
+        self, qkv: torch.Tensor, out: torch.Tensor, tokens: Tokens, keys: torch.Tensor, values: torch.Tensor,
+        heads: int, cosines: torch.Tensor, sines: torch.Tensor, *, window: int | None = None,
+        query_norm: torch.Tensor | None = None, key_norm: torch.Tensor | None = None, epsilon: float = 0.0,
+    ) -> Call:  # fmt: skip
+        """Return the call that does this, for whatever tables and positions `tokens` then has."""
         groups, places, _ = keys.shape
-        rows, bases, positions = tokens.addresses
+        rows, tables, positions = tokens.addresses
         words = AttentionWords(
-            qkv=qkv.data_ptr(), out=out.data_ptr(), rows=rows, bases=bases, positions=positions, tokens=len(tokens),
+            qkv=qkv.data_ptr(), out=out.data_ptr(), rows=rows, tables=tables, positions=positions, tokens=len(tokens),
             keys=keys.data_ptr(), values=values.data_ptr(), places=places, heads=heads, groups=groups,
             threads=torch.get_num_threads(), cosines=cosines.data_ptr(), sines=sines.data_ptr(), window=window or 0,
             scores=tokens.scratch.data_ptr(), room=tokens.scratch.shape[1],
             query_norm=_address(query_norm), key_norm=_address(key_norm), epsilon=_bits(epsilon),
         )  # fmt: skip
-        self._run(_array(words))
+        return Call(self._run, words, (qkv, out, tokens, keys, values, cosines, sines, query_norm, key_norm))
 
 
 class Tokens:
-    """Which rows are single new tokens, where their sequences begin in the cache, and at which position they are."""
+    """Which rows of a product are single new tokens, which blocks their sequences hold, and at which position they are.
 
-    def __init__(self, rows: Sequence[int], bases: Sequence[int], positions: Sequence[int]) -> None:
-        self._words = torch.tensor([rows, bases, positions], dtype=torch.int64)
-        longest = max(positions, default=0) + 1
+    `longest` is one more than the largest position there may be.
+    """
+
+    def __init__(self, rows: Sequence[int], longest: int) -> None:
+        count = len(rows)
+        self._words = (ctypes.c_int64 * (3 * count))(*rows)
+        self._tables: Sequence[torch.Tensor] = ()
         self.scratch = torch.empty(torch.get_num_threads(), longest + 16)
 
     def __len__(self) -> int:
-        return self._words.shape[1]
+        return len(self._words) // 3
+
+    def place(self, tables: Sequence[torch.Tensor], positions: Sequence[int]) -> None:
+        """Say for each row its sequence's table (int64, on the CPU) and its position."""
+        self._tables = tables  # alive as long as their addresses are in the words
+        self._words[len(self) :] = [*(table.data_ptr() for table in tables), *positions]
 
     @property
     def addresses(self) -> tuple[int, int, int]:
         """Where the three lists are in memory."""
-        first, step = self._words.data_ptr(), 8 * len(self)
+        first, step = ctypes.addressof(self._words), 8 * len(self)
         return first, first + step, first + 2 * step
 
 

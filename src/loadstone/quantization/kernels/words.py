@@ -10,6 +10,9 @@ from typing import NamedTuple
 SUMS = 128  # rows of W of which a thread keeps sums of products with all rows of x
 
 
+KV_BLOCK = 16  # tokens of a sequence that are side by side in the KV cache; a power of two
+
+
 class ProductWords(NamedTuple):
     """y = f(x)·Wᵀ + bias + residual, for M = `x_rows` rows of x, K = `columns` and N = `rows` of W."""
 
@@ -48,8 +51,8 @@ class AttentionWords(NamedTuple):
     qkv: int  # float32, … × (heads + 2·groups)·size; rotated in place
     out: int  # float32, … × heads·size
     rows: int  # int64, tokens: which rows of qkv and out the tokens are
-    bases: int  # int64, tokens: the first place in the cache of each token's sequence
-    positions: int  # int64, tokens
+    tables: int  # int64, tokens: the address of each token's table, which has its sequence's blocks, int64
+    positions: int  # int64, tokens: each token's position in its sequence
     tokens: int
     keys: int  # groups × places × size, in the cache's type
     values: int
@@ -65,3 +68,10 @@ class AttentionWords(NamedTuple):
     query_norm: int  # float32, size, or 0
     key_norm: int
     epsilon: int  # a float: the norms'
+
+
+class ReplayWords(NamedTuple):
+    """Calls of other kernels, to be made in order."""
+
+    calls: int  # int64, count × 2: a function's address, and that of its words
+    number: int

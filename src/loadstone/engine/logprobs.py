@@ -1,0 +1,31 @@
+"""How likely the model held the tokens that it chose, for those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer and the natural logarithm of its probability, before any sampling rule.
+
+    `text` is the token decoded by itself, with U+FFFD where it is a part of a character. `top` has the likeliest tokens
+    at this place, as many as were asked for, the likeliest first; theirs is empty.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+def logprob_of(logits: torch.Tensor, token: int, count: int, spell: Callable[[int], str]) -> TokenLogprob:
+    """Return what is told of `token`, chosen for `logits` (vocabulary, float32), with the `count` likeliest ones."""
+    values = torch.log_softmax(logits, -1)
+    likeliest = torch.topk(values, min(count, len(values)))
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    top = tuple(TokenLogprob(one, spell(one), value) for one, value in pairs)
+    return TokenLogprob(token, spell(token), float(values[token]), top)

@@ -1,0 +1,246 @@
+"""Many requests, prefixes that are known, and what is told of tokens: on a real model."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from watched import PATIENCE, Gate, watched_engine
+
+from loadstone import ContextLengthError, GenerationError, ModelManager, QueueFullError
+from loadstone.config import EngineConfig, Sampling
+from loadstone.engine import Engine, Stream
+from loadstone.loaded import LoadedModel
+
+SYSTEM = "You are a careful analyst of energy markets. " * 8
+QUESTIONS = ["What is coal?", "What is the price of oil?", "What is the sun?"]
+SHORT = Sampling(max_new_tokens=12)
+PLAIN = EngineConfig(prefix_reuse=False, speculation=False)
+REUSE = EngineConfig(speculation=False)
+
+
+@pytest.fixture(scope="session")
+def model(smollm2: ModelManager) -> LoadedModel:
+    return smollm2.load_base_model()[1]
+
+
+def _held(engine: Engine) -> int:
+    """How many blocks of the cache requests hold."""
+    engine.wait_until_idle()
+    return engine._batcher.cache.blocks - engine._batcher.prefixes.free_blocks
+
+
+# -- known prefixes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_system_prompt_is_read_once(model: LoadedModel) -> None:
+    """Questions after the same system prompt are answered as without reuse, and read only what is new in them."""
+    with watched_engine(model, PLAIN) as (engine, _):
+        plain = [engine.generate(question, SHORT, system=SYSTEM) for question in QUESTIONS]
+    with watched_engine(model, REUSE) as (engine, _):
+        reused = [engine.generate(question, SHORT, system=SYSTEM) for question in QUESTIONS]
+        assert _held(engine) == 0
+    assert [result.text for result in reused] == [result.text for result in plain]
+    known = [result.usage.cached_tokens for result in reused]
+    shared = len(model.tokenizer.encode(SYSTEM, add_special_tokens=False))
+    assert known[0] == 0
+    assert min(known[1:]) >= shared
+    assert [result.usage.cached_tokens for result in plain] == [0, 0, 0]
+
+
+def test_prompts_that_come_together_share_too(model: LoadedModel) -> None:
+    """Of a batch that begins alike the beginning is read once, though nothing of it was known before."""
+    with watched_engine(model, REUSE, streams=4) as (engine, _):
+        results = engine.generate_batch(QUESTIONS, SHORT, system=SYSTEM)
+        assert [result.usage.cached_tokens > 50 for result in results] == [False, True, True]
+
+
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new(model: LoadedModel) -> None:
+    with watched_engine(model, REUSE) as (engine, watched):
+        talk = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Say yes."}]
+        answer = engine.generate(talk, SHORT)
+        engine.wait_until_idle()
+        read = len(watched.passes)
+        talk += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "Say no."}]
+        second = engine.generate(talk, SHORT)
+        assert second.usage.cached_tokens >= answer.usage.prompt_tokens
+        assert sum(segment.length for segment, _ in watched.passes[read]) < 50
+
+
+def test_prefixes_come_back_from_a_file(model: LoadedModel, tmp_path: Path) -> None:
+    """Another engine knows what the first one read, and answers the same."""
+    file = tmp_path / "prefixes"
+    with watched_engine(model, REUSE) as (engine, _):
+        first = engine.generate(QUESTIONS[0], SHORT, system=SYSTEM)
+        saved = engine.save_prefixes(file)
+    assert saved == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    assert [one.name for one in tmp_path.iterdir()] == ["prefixes"]
+    with watched_engine(model, REUSE) as (engine, _):
+        assert engine.load_prefixes(file) == saved
+        again = engine.generate(QUESTIONS[0], SHORT, system=SYSTEM)
+        assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+    assert again.text == first.text
+
+
+def test_a_file_larger_than_the_cache_comes_back_as_far_as_there_is_room(model: LoadedModel, tmp_path: Path) -> None:
+    file = tmp_path / "prefixes"
+    with watched_engine(model, REUSE) as (engine, _):
+        engine.generate(QUESTIONS[0], SHORT, system=SYSTEM)
+        engine.save_prefixes(file)
+    with watched_engine(model, REUSE, context=64) as (engine, _):
+        assert engine.load_prefixes(file) == 64
+        assert _held(engine) == 0
+
+
+def test_a_file_of_another_model_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    """The same shapes are not enough: keys and values of other weights are noise."""
+    file = tmp_path / "prefixes"
+    with watched_engine(model, REUSE) as (engine, _):
+        engine.generate("Hi", SHORT)
+        engine.save_prefixes(file)
+    norm = model.decoder.norm
+    entry = model.decoder.attached, model.decoder.publishing
+    model.decoder.attached = model.decoder.publishing = None
+    model.decoder.norm = norm * 1.5
+    try:
+        with watched_engine(model, REUSE) as (engine, _):
+            with pytest.raises(GenerationError, match="another model"):
+                engine.load_prefixes(file)
+            assert not [*engine._batcher.prefixes.nodes()]
+    finally:
+        model.decoder.norm = norm
+        model.decoder.attached, model.decoder.publishing = entry
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_a_damaged_file_is_refused(model: LoadedModel, tmp_path: Path, damage: str) -> None:
+    """With an error that names it; nothing is remembered from it."""
+    file = tmp_path / "prefixes"
+    with watched_engine(model, REUSE) as (engine, _):
+        engine.generate("Hi", SHORT)
+        engine.save_prefixes(file)
+        data = file.read_bytes()
+        file.write_bytes({"cut": data[:-100], "empty": b"", "noise": bytes(range(256)) * 8}[damage])
+        engine.renew_cache()
+        with pytest.raises(GenerationError, match="prefixes: it cannot be read"):
+            engine.load_prefixes(file)
+        assert not [*engine._batcher.prefixes.nodes()]
+
+
+# -- queue ------------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_may_wait_are_refused(model: LoadedModel) -> None:
+    """The limit is told, those that wait are answered, and then there is room again."""
+    with watched_engine(model, EngineConfig(queue=2), context=64) as (engine, watched):
+        gate = Gate(watched)
+        first = engine.stream("one", Sampling(max_new_tokens=60), raw=True)
+        gate.arrive()
+        waiting = [engine.stream("two", SHORT, raw=True) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests wait already"):
+            engine.stream("three", SHORT, raw=True)
+        first.cancel()
+        gate.open()
+        assert [_rest(stream) for stream in waiting] == [12, 12]
+        assert engine.generate("three", SHORT, raw=True).usage.completion_tokens == 12
+
+
+def test_a_batch_larger_than_the_queue_waits_for_room(model: LoadedModel) -> None:
+    with watched_engine(model, EngineConfig(queue=2), context=64, streams=2) as (engine, _):
+        results = engine.generate_batch(["one"] * 12, Sampling(max_new_tokens=2), raw=True)
+    assert [result.usage.completion_tokens for result in results] == [2] * 12
+
+
+def test_ten_thousand_requests_at_once(model: LoadedModel) -> None:
+    """All but those that may wait are refused at once, and nothing is left in the cache."""
+    with watched_engine(model, EngineConfig(queue=100), context=64) as (engine, watched):
+        gate = Gate(watched)
+        accepted: list[Stream] = []
+        refused = 0
+        for _ in range(10_000):
+            try:
+                accepted.append(engine.stream("one", Sampling(max_new_tokens=1), raw=True))
+            except QueueFullError:
+                refused += 1
+        assert 100 <= len(accepted) <= 101
+        assert refused + len(accepted) == 10_000
+        gate.open()
+        assert [_rest(stream) for stream in accepted] == [1] * len(accepted)
+        assert _held(engine) == 0
+
+
+def test_a_storm_of_cancels_leaves_nothing(model: LoadedModel) -> None:
+    """Requests that are asked and cancelled from many threads at once: every place comes back."""
+    with watched_engine(model, EngineConfig(), context=128, streams=2) as (engine, _):
+
+        def storm() -> None:
+            for number in range(25):
+                with engine.stream(f"Tell me about {number}", Sampling(max_new_tokens=40)) as stream:
+                    if number % 2:
+                        next(stream)
+
+        threads = [threading.Thread(target=storm) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert _held(engine) == 0
+        assert engine.generate("Hi", SHORT).text
+
+
+def test_who_stops_reading_holds_up_nobody(model: LoadedModel) -> None:
+    """A stream that is held but not read does not keep another from its answer."""
+    with watched_engine(model, EngineConfig(), context=128, streams=2) as (engine, _):
+        unread = engine.stream("Tell me a story", Sampling(max_new_tokens=60))
+        assert engine.generate("Hi", SHORT).text
+        assert _rest(unread) > 0
+        assert _held(engine) == 0
+
+
+def test_a_prompt_longer_than_the_context_says_both_numbers(model: LoadedModel) -> None:
+    with watched_engine(model, context=32) as (engine, _), pytest.raises(ContextLengthError) as caught:
+        engine.generate("word " * 50, SHORT, raw=True)
+    assert caught.value.context == 32
+    assert caught.value.prompt_tokens >= 50
+    assert "32" in str(caught.value)
+    assert str(caught.value.prompt_tokens) in str(caught.value)
+
+
+def test_what_is_no_character_is_read_as_the_replacement_character(model: LoadedModel) -> None:
+    """Half of a surrogate pair, what broken bytes become with surrogateescape, spoils nothing."""
+    with watched_engine(model, PLAIN) as (engine, _):
+        broken, replaced = (engine.generate(text, SHORT) for text in ("abc\udc80def", "abc\ufffddef"))
+    assert broken.text == replaced.text
+
+
+# -- logprobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_those_of_the_model(model: LoadedModel) -> None:
+    """Each is the log-softmax of the logits that the token was chosen from, whatever the sampling rules."""
+    rows: list[torch.Tensor] = []
+    with watched_engine(model, PLAIN) as (engine, watched):
+        watched.after = lambda segments, logits: (rows.append(logits.clone()), logits)[1]
+        result = engine.generate("Name a colour.", Sampling(max_new_tokens=5, temperature=2.0, seed=1, logprobs=3))
+    assert len(result.logprobs) == result.usage.completion_tokens == 5
+    for row, told in zip(rows, result.logprobs, strict=True):
+        every = torch.log_softmax(row[0], -1)
+        assert told.logprob == pytest.approx(float(every[told.token]), abs=1e-6)
+        assert [one.token for one in told.top] == torch.topk(every, 3).indices.tolist()
+        assert math.exp(told.top[0].logprob) <= 1
+    assert "".join(told.text for told in result.logprobs) == result.text
+
+
+def test_no_logprobs_unless_asked(model: LoadedModel) -> None:
+    assert model.engine.generate("Hi", SHORT).logprobs == ()
+    asked = model.engine.generate("Hi", Sampling(max_new_tokens=2, logprobs=0))
+    assert [told.top for told in asked.logprobs] == [(), ()]
+
+
+def _rest(stream: Stream) -> int:
+    for _ in stream:
+        pass
+    return stream.result.usage.completion_tokens
