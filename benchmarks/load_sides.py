@@ -6,7 +6,6 @@ Knows files and settings, not figures. A side is measured in the cases whose kin
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .job import Job
 from .make_gguf import KINDS, gguf_file
-from .processes import check_imports, run_module
+from .prepared import gguf_folder, plain_environment, prepare_llamacpp, prepare_transformers
+from .processes import run_module
 
 CONTEXT = 2048  # tokens of KV cache, on all sides that reserve one
 
@@ -35,26 +36,6 @@ class Case:
 
 # In this order a later load finds what the first one left; the fourth starts from nothing again.
 CASES = (Case("first", True), Case("later", True), Case("later", False), Case("first", False))
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all sides are given: the shape's name, its checkpoint, a folder for their own files, prompt and threads."""
-
-    name: str
-    checkpoint: Path
-    folder: Path
-    prompt: str
-    threads: int
-    max_memory: str | None = None
-
-    def weights(self) -> list[Path]:
-        """Return the checkpoint's files of weights."""
-        return sorted(self.checkpoint.glob("*.safetensors"))
-
-    def files(self) -> list[Path]:
-        """Return all of the checkpoint's files."""
-        return sorted(file for file in self.checkpoint.iterdir() if file.is_file())
 
 
 class Side:
@@ -148,8 +129,8 @@ class Loadstone(Side):
 
     def environment(self) -> dict[str, str]:
         """Return this process's variables with the home, and without other settings of Loadstone."""
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("LOADSTONE_")}
-        return {**plain, "LOADSTONE_HOME": str(self._home)}
+        assert self._home is not None  # prepare or begin made it
+        return plain_environment(self._home)
 
     def close(self) -> None:
         """Remove the home; the kernels stay for the next run."""
@@ -180,8 +161,7 @@ class Transformers(Side):
 
     def prepare(self) -> Mapping[str, float]:
         """Import it once."""
-        check_imports("import torch, accelerate, bitsandbytes; from transformers import AutoModelForCausalLM")
-        return {}
+        return prepare_transformers()
 
     def task(self, case: Case) -> dict[str, Any]:
         """Return what all are told, and the checkpoint."""
@@ -198,18 +178,14 @@ class LlamaCpp(Side):
         super().__init__(job)
         self.label = f"llama.cpp {kind}"
         self._kind = kind
-        self._folder = job.folder / "gguf"
 
     def prepare(self) -> Mapping[str, float]:
         """Make the files of all kinds, where they are not there; return the seconds of both steps for this one."""
-        check_imports("import llama_cpp")
-        where = (str(self.job.checkpoint), str(self._folder), "--name", self.job.name)
-        seconds = run_module("benchmarks.make_gguf", *where, "--threads", str(self.job.threads))
-        return {"convert": seconds["convert"], "quantize": seconds[self._kind]}
+        return prepare_llamacpp(self.job, self._kind)
 
     def reads(self, case: Case) -> list[Path]:
         """Return the GGUF file."""
-        return [gguf_file(self._folder, self.job.name, self._kind)]
+        return [gguf_file(gguf_folder(self.job), self.job.name, self._kind)]
 
     def weights(self, case: Case) -> list[Path]:
         """Return the GGUF file."""

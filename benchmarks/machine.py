@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 
-CEILING_BYTES = 1 << 30
-CEILING_PASSES = 8
+from .ceilings import read_ceiling
 
 
 def describe_machine() -> dict[str, object]:
@@ -28,22 +26,6 @@ def describe_machine() -> dict[str, object]:
         "torch": torch.__version__,
         "read_bytes_per_s": read_ceiling(),
     }
-
-
-def read_ceiling() -> float:
-    """Return the bytes a second at which torch sums a tensor far larger than the caches: the best of several passes."""
-    import torch
-
-    from loadstone.hardware import memory_limits
-
-    count = min(CEILING_BYTES, memory_limits().free_bytes // 8) // 4
-    numbers = torch.ones(count)
-    best = float("inf")
-    for _ in range(CEILING_PASSES):
-        started = time.perf_counter()
-        numbers.sum()
-        best = min(best, time.perf_counter() - started)
-    return numbers.nbytes / best
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     load_s = time.perf_counter() - STARTED
 
     from .prompts import prompt_of
+    from .weights import read_per_token
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=True))
@@ -47,13 +48,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "load_phases_s": info["load_seconds"],
         "device": info["device"],
         "strategy": info["strategy"],
-        "bytesread_per_token": read_per_token(info["bytes"]),
+        "bytes_read_per_token": read_per_token(info["bytes"]),
     }
-
-
-def read_per_token(parts: dict[str, int]) -> int:
-    """Return the bytes of weights that one token needs: all but the embedding, unless that is the head too."""
-    return parts["linear"] + parts["norm"] + (parts["lm_head"] or parts["embedding"])
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from loadstone.quantization.nf4 import Nf4
     from loadstone.sources import resolve
 
-    from .measure_loadstone import read_per_token
     from .quality_scores import score
+    from .weights import read_per_token
 
     name = task["strategy"]
     if task["embedding"] is not None:

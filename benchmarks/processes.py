@@ -34,18 +34,25 @@ class Run:
     peak_anonymous_bytes: int | None
 
 
-def run_module(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run a module in a fresh process and return the JSON of its last line; raise ModuleFailed when it fails."""
-    return dict(run_watched(module, *arguments, environment=environment).found)
+def run_module(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None, python: str | None = None
+) -> dict[str, Any]:
+    """Run a module in a fresh process and return the JSON of its last line; raise ModuleFailed when it fails.
+
+    `environment` are its variables, and `python` another interpreter than this one's.
+    """
+    return dict(run_watched(module, *arguments, environment=environment, python=python).found)
 
 
-def run_watched(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Run:
-    """Run a module like `run_module`, with the variables of `environment`, and watch its memory from outside.
+def run_watched(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None, python: str | None = None
+) -> Run:
+    """Run a module like `run_module`, and watch its memory from outside.
 
     Whatever ends the waiting (Ctrl-C too) ends the process.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        command = [sys.executable, "-m", module, *arguments]
+        command = [python or sys.executable, "-m", module, *arguments]
         spawned = time.monotonic()
         process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
         try:
@@ -59,9 +66,10 @@ def run_watched(module: str, *arguments: str, environment: Mapping[str, str] | N
         return Run(_last_line(module, _text(out)), spawned, ended, peak)
 
 
-def check_imports(statement: str) -> None:
+def check_imports(statement: str, *, python: str | None = None) -> None:
     """Run import statements in a fresh process, to bring their files into memory; raise ModuleFailed when they fail."""
-    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=False)
+    command = [python or sys.executable, "-c", statement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ModuleFailed(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{statement!r} failed")
 

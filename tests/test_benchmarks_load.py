@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from benchmarks import load
 from benchmarks.checkpoints import SHAPES, write_checkpoint
-from benchmarks.load_figures import ShapeResults, figures_of, is_as_asked, measure_case, medians
+from benchmarks.job import Job, is_whole
+from benchmarks.load_figures import ShapeResults, figures_of, is_as_asked, measure_case
 from benchmarks.load_report import COLUMNS, notes_of, table_of
-from benchmarks.load_sides import CASES, Case, Job, LlamaCpp, Loadstone, Side, Transformers, sides_of
+from benchmarks.load_sides import CASES, Case, LlamaCpp, Loadstone, Side, Transformers, sides_of
 from benchmarks.make_gguf import convert, gguf_file
 from benchmarks.plot import bars_svg
 from benchmarks.processes import ModuleFailed, Run
+from benchmarks.results import medians
 from rich.console import Console
 
 from loadstone.checkpoint import inspect, load_tokenizer
@@ -47,12 +49,12 @@ def job(checkpoint: Path, tmp_path: Path) -> Job:
 
 
 def test_a_checkpoint_is_whole_with_all_its_tensors_and_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
-    assert load.is_whole(checkpoint, TINY)
-    assert not load.is_whole(checkpoint, SHAPES["qwen2.5-0.5b"])
+    assert is_whole(checkpoint, TINY)
+    assert not is_whole(checkpoint, SHAPES["qwen2.5-0.5b"])
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes()[: -1000 if name.startswith("model") else None])
-    assert not load.is_whole(tmp_path, TINY)
-    assert not load.is_whole(tmp_path / "nowhere", TINY)
+    assert not is_whole(tmp_path, TINY)
+    assert not is_whole(tmp_path / "nowhere", TINY)
 
 
 def test_loadstone_starts_a_first_load_without_a_store_and_keeps_it_for_later_ones(job: Job) -> None:
@@ -88,7 +90,10 @@ def test_other_settings_of_loadstone_do_not_reach_the_measured_process(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setenv("LOADSTONE_MODEL_CONFIG__QUANTIZATION", "8bit")
-    names = [name for name in Loadstone(job).environment() if name.startswith("LOADSTONE_")]
+    side = Loadstone(job)
+    side.begin(FIRST_COLD)
+    names = [name for name in side.environment() if name.startswith("LOADSTONE_")]
+    side.close()
     assert names == ["LOADSTONE_HOME"]
 
 
