@@ -26,13 +26,13 @@ NF4_SCALE = 6282.75
 
 @dataclass(frozen=True)
 class Form:
-    """How a kind of weights is unpacked; `unpack` takes (kernel, rows, block) and returns PAIRS vectors of 16 pairs."""
+    """How a kind of weights is unpacked; `unpack` takes a kernel and a vector of 32-bit words, and returns pairs."""
 
     name: str
     bits: int  # a weight
     largest: int  # magnitude of a number after unpacking
     order: Sequence[int]  # the columns of a block, in the order of the pairs
-    unpack: Callable[[Kernel, list[Any], Any], list[Any]]
+    unpack: Callable[[Kernel, Any], list[Any]]
 
     @property
     def has_block_scales(self) -> bool:
@@ -43,6 +43,11 @@ class Form:
     def block_bytes(self) -> int:
         """Bytes of 64 weights of a row."""
         return BLOCK * self.bits // 8
+
+    @property
+    def words(self) -> int:
+        """32-bit words that 64 weights of a row take."""
+        return self.block_bytes // 4
 
 
 class Rows:
@@ -63,14 +68,19 @@ class Rows:
         rows = [k.least(k.add(first, I64(lane)), self._last) for lane in range(LANES)]
         return block_bytes, [k.add(base, k.mul(row, size)) for row in rows]
 
-    def block(self, b: Any) -> tuple[list[Any], Any]:
-        """Return block b as PAIRS vectors of sixteen pairs, and its scales (float32)."""
-        k = self.k
-        pairs = [k.bitcast(pair, vector(I32, LANES)) for pair in self.form.unpack(k, self._read[0][1], b)]
+    def words(self, b: Any) -> list[Any]:
+        """Return block b's words: each vector has one word of sixteen rows."""
+        k, words = self.k, self.form.words
+        first = k.mul(b, I64(words))
+        return [word for part in range(0, words, 8) for word in _turned(k, self._read[0][1], k.add(first, I64(part)))]
+
+    def scales(self, b: Any) -> Any:
+        """Return block b's scales (float32) of sixteen rows."""
         if not self.form.has_block_scales:
-            return pairs, constants(F32, [1.0] * LANES)
+            return constants(F32, [1.0] * LANES)
+        k = self.k
         bits = k.beside([k.get(row, b, I16) for row in self._read[1][1]])
-        return pairs, k.fpext(k.bitcast(bits, vector(F16, LANES)), vector(F32, LANES))
+        return k.fpext(k.bitcast(bits, vector(F16, LANES)), vector(F32, LANES))
 
     def ask_for_next_rows(self, b: Any) -> None:
         """Ask memory for the b-th part of the sixteen rows after these, in the order in which they lie there."""
@@ -119,25 +129,20 @@ def _turned(k: Kernel, rows: list[Any], index: Any) -> list[Any]:
     return [k.pick(eights[0][i], eights[1][i], order) for order in (even, odd) for i in range(4)]
 
 
-def _nf4(k: Kernel, rows: list[Any], block: Any) -> list[Any]:
+def _nf4(k: Kernel, word: Any) -> list[Any]:
     # A look-up heeds five bits of each 16; the fifth is of another code, so the table stands there twice.
     table = constants(I16, [round(value * NF4_SCALE) for value in NF4] * 2)
     pairs = []
-    for word in _turned(k, rows, k.mul(block, I64(8))):
-        for shift in range(0, 16, 4):
-            codes = k.bitcast(k.lshr(word, constants(I32, [shift] * LANES)), vector(I16, 2 * LANES))
-            pairs.append(k.intrinsic("llvm.x86.avx512.permvar.hi.512", codes.type, table, codes))
+    for shift in range(0, 16, 4):
+        codes = k.bitcast(k.lshr(word, constants(I32, [shift] * LANES)), vector(I16, 2 * LANES))
+        pairs.append(k.intrinsic("llvm.x86.avx512.permvar.hi.512", codes.type, table, codes))
     return pairs
 
 
-def _int8(k: Kernel, rows: list[Any], block: Any) -> list[Any]:
+def _int8(k: Kernel, word: Any) -> list[Any]:
     eight = constants(I16, [8] * 2 * LANES)
-    pairs = []
-    for part in (0, 8):
-        for word in _turned(k, rows, k.add(k.mul(block, I64(16)), I64(part))):
-            numbers = k.bitcast(word, vector(I16, 2 * LANES))
-            pairs += [k.ashr(k.shl(numbers, eight), eight), k.ashr(numbers, eight)]
-    return pairs
+    numbers = k.bitcast(word, vector(I16, 2 * LANES))
+    return [k.ashr(k.shl(numbers, eight), eight), k.ashr(numbers, eight)]
 
 
 # Nibble n of a word is column n ^ 1: the first of two codes is in the high nibble.

@@ -21,9 +21,9 @@ from .activations import BEFORE, prepare
 from .unpacking import FORMS, LANES, NF4_SCALE, PAIRS, Form, Rows
 from .words import SUMS, ProductWords
 
-GROUPS = (8, 4, 2, 1)  # rows of x at once, where there are many
-FEW_GROUPS = (4, 2, 1)
-MANY = 8  # rows of x from which on a panel pays
+AT_ONCE = 8  # rows of x that are multiplied together; what is left is one smaller group
+SIZES = range(1, AT_ONCE + 1)
+MANY = 9  # rows of x from which on a panel pays
 CHUNK = 8  # blocks in a panel: 16 KB, half of a core's nearest cache
 SUMS_AT_ONCE = 4  # at least, so that an addition need not wait for the last
 
@@ -34,7 +34,7 @@ SIDE_BLOCK = 2 * LANES * 4  # and beside it: each row's scale, and what is to be
 
 def build_wide_products(module: Any) -> None:
     """Add `nf4` and `int8` to the module, each plain, `.normed` and `.gated`."""
-    multiply = {count: _multiply(module, count) for count in GROUPS}
+    multiply = {count: _multiply(module, count) for count in SIZES}
     for form in FORMS:
         few, many = _few(module, form), _many(module, form, multiply)
         for suffix, before in BEFORE.items():
@@ -59,10 +59,8 @@ def _scaled(k: Kernel, m: Any, c: Any, values: Any, form: Form) -> None:
     Rows of x that are multiplied together stand together: a pair of the first, of the second and so on.
     """
     columns, count = k.words("columns", "x_rows")
-    group = I64(1)
-    for size in sorted(GROUPS)[1:]:
-        group = k.select(k.icmp_signed("<", m, k.and_(count, I64(-size))), I64(size), group)
-    first = k.and_(m, k.sub(I64(0), group))
+    first = k.and_(m, I64(-AT_ONCE))
+    group = k.least(k.sub(count, first), I64(AT_ONCE))
     block = k.udiv(c, I64(BLOCK))
 
     step = _step(k, values, form.largest)
@@ -112,28 +110,29 @@ def _add_block(k: Kernel, total: Any, found: Any, scales: Any, step: Any) -> Any
 
 def _few(module: Any, form: Form) -> Any:
     """Let each thread multiply its rows of W with all rows of x, unpacking them for each group of these."""
-    products = {count: _direct(module, form, count) for count in FEW_GROUPS}
+    products = {count: _direct(module, form, count) for count in SIZES}
     k = Kernel(module, f"{form.name}.few", ProductWords)
     start, stop = k.share(k.word("rows"), LANES)
 
     def rows(first: Any) -> None:
-        _in_groups(k, FEW_GROUPS, lambda m, group: k.call(products[group], [k.arguments, first, m]))
+        _in_groups(k, lambda m, size: k.call(products[size], [k.arguments, first, m]))
 
     k.loop(start, stop, LANES, rows)
     return k.done()
 
 
-def _in_groups(k: Kernel, groups: tuple[int, ...], body: Any) -> None:
-    """Call `body(m, group)` for all rows of x, as many at once as can be."""
-    count, done = k.word("x_rows"), I64(0)
-    for group in groups:
-        upto = k.and_(count, I64(-group))
+def _in_groups(k: Kernel, body: Any) -> None:
+    """Call `body(m, size)` for all rows of x, as many at once as can be."""
+    count = k.word("x_rows")
+    whole = k.and_(count, I64(-AT_ONCE))
 
-        def some(m: Any, group: int = group) -> None:
-            body(m, group)
+    def all_at_once(m: Any) -> None:
+        body(m, AT_ONCE)
 
-        k.loop(done, upto, group, some)
-        done = upto
+    k.loop(I64(0), whole, AT_ONCE, all_at_once)
+    for size in range(1, AT_ONCE):
+        with k.if_then(k.icmp_signed("==", k.sub(count, whole), I64(size))):
+            body(whole, size)
 
 
 def _direct(module: Any, form: Form, count: int) -> Any:
@@ -143,17 +142,28 @@ def _direct(module: Any, form: Form, count: int) -> Any:
     rows = Rows(k, form, first)
     x, steps = _x_from(k, m, I64(0), count)
 
+    words = k.space(form.words * LANES * 4)  # unpacked in a loop, or there would be too much code to compile
+
     def block(b: Any, *totals: Any) -> list[Any]:
         rows.ask_for_next_rows(b)
-        pairs, scales = rows.block(b)
+        for index, word in enumerate(rows.words(b)):
+            k.put(word, words, I64(LANES * index))
         x_here, steps_here = k.add(x, k.mul(b, I64(4 * PAIRS * count))), k.add(steps, k.mul(b, I64(8 * count)))
-        found = [constants(I32, [0] * LANES)] * max(count, SUMS_AT_ONCE)
-        for index, pair in enumerate(pairs):
-            for j in range(count):
-                one = k.splat(k.get(x_here, I64(count * index + j), I32), LANES)
-                place = (count * index + j) % len(found)
-                found[place] = _add_products(k, found[place], pair, one)
-        following = []
+
+        def word_by_word(index: Any, *found: Any) -> list[Any]:
+            pairs = form.unpack(k, k.get(words, k.mul(index, I64(LANES)), INTEGERS))
+            x_now = k.add(x_here, k.mul(index, I64(4 * count * len(pairs))))
+            following = [*found]
+            for number, pair in enumerate(pairs):
+                for j in range(count):
+                    one = k.splat(k.get(x_now, I64(count * number + j), I32), LANES)
+                    place = (count * number + j) % len(following)
+                    following[place] = _add_products(k, following[place], k.bitcast(pair, INTEGERS), one)
+            return following
+
+        zeros = [constants(I32, [0] * LANES)] * (count * -(-SUMS_AT_ONCE // count))
+        found = k.loop(I64(0), I64(form.words), 1, word_by_word, *zeros)
+        following, scales = [], rows.scales(b)
         for j in range(count):
             whole = reduce(k.add, found[j::count])
             following.append(_add_block(k, totals[j], whole, scales, k.get(steps_here, I64(j), F32)))
@@ -205,7 +215,7 @@ def _many(module: Any, form: Form, multiply: dict[int, Any]) -> Any:
                     k.call(multiply[size], [k.arguments, panel, side, x, steps, sums_of(r, m), here])
 
                 k.call(fill, [k.arguments, r, b, here, panel, side])
-                _in_groups(k, GROUPS, group)
+                _in_groups(k, group)
 
             k.loop(first, last, LANES, strip)
 
@@ -225,9 +235,10 @@ def _fill(module: Any, form: Form) -> Any:
     first, start, count, panel, side = k.extra
     rows = Rows(k, form, first)
 
-    def block(b: Any) -> None:
+    def one(b: Any) -> None:
         rows.ask_ahead(k.add(start, b), CHUNK, SUMS)
-        pairs, scales = rows.block(k.add(start, b))
+        block = k.add(start, b)
+        pairs = [k.bitcast(pair, INTEGERS) for word in rows.words(block) for pair in form.unpack(k, word)]
         at = k.add(panel, k.mul(b, I64(PANEL_BLOCK)))
         for index, pair in enumerate(pairs):
             k.put(pair, at, I64(LANES * index))
@@ -235,10 +246,10 @@ def _fill(module: Any, form: Form) -> Any:
         for index in range(0, PAIRS, 2):
             crossed = _add_products(k, crossed, pairs[index], pairs[index + 1])
         at = k.add(side, k.mul(b, I64(SIDE_BLOCK)))
-        k.put(scales, at, I64(0))
+        k.put(rows.scales(block), at, I64(0))
         k.put(k.sub(constants(I32, [0] * LANES), crossed), at, I64(LANES))
 
-    k.loop(I64(0), count, 1, block)
+    k.loop(I64(0), count, 1, one)
     return k.done()
 
 
@@ -253,16 +264,19 @@ def _multiply(module: Any, count: int) -> Any:
         x_here = k.add(x, k.mul(b, I64(4 * PAIRS * count)))
         steps_here = k.add(steps, k.mul(b, I64(8 * count)))
 
-        def activations(pair: int, j: int) -> Any:
-            return k.bitcast(k.splat(k.get(x_here, I64(count * pair + j), I32), LANES), SHORTS)
+        def two_pairs(pair: Any, *found: Any) -> list[Any]:
+            w_now = k.add(here, k.mul(pair, I64(4 * LANES)))
+            x_now = k.add(x_here, k.mul(pair, I64(4 * count)))
+            w0, w1 = (k.get(w_now, I64(2 * LANES * i), SHORTS) for i in (0, 1))
+            following = []
+            for j in range(count):
+                x0, x1 = (k.bitcast(k.splat(k.get(x_now, I64(count * i + j), I32), LANES), SHORTS) for i in (0, 1))
+                following.append(_add_products(k, found[j], k.add(x0, w1), k.add(x1, w0)))
+            return following
 
         off = k.get(beside, I64(LANES), INTEGERS)
-        found = [k.add(off, k.splat(k.get(steps_here, I64(count + j), I32), LANES)) for j in range(count)]
-        for pair in range(0, PAIRS, 2):
-            w0, w1 = (k.get(here, I64(2 * LANES * (pair + i)), SHORTS) for i in (0, 1))
-            for j in range(count):
-                x0, x1 = (activations(pair + i, j) for i in (0, 1))
-                found[j] = _add_products(k, found[j], k.add(x0, w1), k.add(x1, w0))
+        offs = [k.add(off, k.splat(k.get(steps_here, I64(count + j), I32), LANES)) for j in range(count)]
+        found = k.loop(I64(0), I64(PAIRS), 2, two_pairs, *offs)
         scales = k.get(beside, I64(0), FLOATS)
         return [_add_block(k, totals[j], found[j], scales, k.get(steps_here, I64(j), F32)) for j in range(count)]
 
