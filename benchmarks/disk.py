@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import mmap
 import os
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 THREADS = 4
 BUFFER_BYTES = 16 << 20
-PASSES = 3
+LONGEST_BYTES = 2 << 30  # of a file, which are read
 
 
 def direct_read_rate(file: Path) -> float | None:
-    """Return the bytes a second at which `file` is read, the median of three; None where it cannot be read so."""
+    """Return the bytes a second at which `file`, or a part of it, is read; None where it cannot be read so."""
     try:
-        return statistics.median(_read(file) for _ in range(PASSES))
+        return _read(file)
     except OSError:  # a file system without direct reads, such as one in memory
         return None
 
 
 def _read(file: Path) -> float:
-    """Read all whole buffers of a file, each thread every fourth, and return bytes a second."""
-    whole = file.stat().st_size // BUFFER_BYTES
+    """Read whole buffers of a file, each thread every fourth, and return bytes a second."""
+    whole = min(file.stat().st_size, LONGEST_BYTES) // BUFFER_BYTES
     if not whole:
         raise OSError(f"{file.name} is smaller than one buffer")
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)

@@ -18,7 +18,6 @@ from pathlib import Path
 from rich.console import Console
 
 from .checkpoints import SHAPES
-from .disk import direct_read_rate
 from .job import job_of
 from .load_figures import ShapeResults, measure_case
 from .load_report import bars_of, notes_of, table_of
@@ -68,10 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine.update(run_module("benchmarks.machine"))
         for name in said.shapes:
             job = job_of(name, SHAPES[name], said, int(str(machine["cores"])), report)
-            weights = job.weights()
-            total = sum(file.stat().st_size for file in weights)
-            largest = max(weights, key=lambda file: file.stat().st_size)
-            everything.append(ShapeResults(name, total, direct_read_rate(largest)))
+            everything.append(ShapeResults(name, sum(file.stat().st_size for file in job.weights())))
             measure_shape(everything[-1], sides_of(job, said.peers), said, report)
 
     code = exit_code_of(measure, report)

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from .disk import direct_read_rate
 from .load_sides import Case, Side
 from .page_cache import EVICTED_SHARE, evict, warm
 from .processes import Run, run_watched
@@ -18,15 +19,18 @@ from .results import Figures, Results
 
 @dataclass
 class ShapeResults(Results[Case]):
-    """The results of one shape, with the bytes of its checkpoint's weights and what the disk gave."""
+    """The results of one shape, with the bytes of its checkpoint's weights."""
 
     checkpoint_bytes: int
-    disk_bytes_per_s: float | None
+
+    def disk_rates(self) -> list[float]:
+        """Return what the disk gave after each cold load, bytes a second."""
+        rates = [figures.get("disk_bytes_per_s") for runs in self.runs.values() for figures in runs]
+        return sorted(rate for rate in rates if rate is not None)
 
     def told(self) -> dict[str, Any]:
         """Return everything as plain values, for the JSON line."""
-        more = {"checkpoint_bytes": self.checkpoint_bytes, "disk_bytes_per_s": self.disk_bytes_per_s}
-        return {**super().told(), **more}
+        return {**super().told(), "checkpoint_bytes": self.checkpoint_bytes}
 
 
 def measure_case(side: Side, case: Case) -> dict[str, Any]:
@@ -37,7 +41,14 @@ def measure_case(side: Side, case: Case) -> dict[str, Any]:
     share = evict(files) if case.is_cold else warm(files)
     read_bytes = sum(file.stat().st_size for file in side.weights(case))
     run = run_watched(side.module, json.dumps(side.task(case)), environment=side.environment())
-    return {**figures_of(run, read_bytes), "resident_share_before": share, "read_bytes": read_bytes}
+    figures = {**figures_of(run, read_bytes), "resident_share_before": share, "read_bytes": read_bytes}
+    # Right after, because what a virtual disk gives changes from minute to minute.
+    disk = direct_read_rate(max(side.weights(case), key=lambda file: file.stat().st_size)) if case.is_cold else None
+    return {
+        **figures,
+        "disk_bytes_per_s": disk,
+        "disk_share": None if disk is None else figures["read_bytes_per_s"] / disk,
+    }
 
 
 def figures_of(run: Run, read_bytes: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ COLUMNS = (
     ("imports_s", "imports", "{:.2f} s"),
     ("first_token_s", "first token", "{:.2f} s"),
     ("read_bytes_per_s", "GB/s", "rate"),
-    ("read_bytes_per_s", "of disk", "share"),
+    ("disk_share", "of disk", "share"),
     ("resident_s", "resident", "{:.2f} s"),
     ("peak_rss_bytes", "peak RSS", "size"),
     ("rss_bytes", "RSS", "size"),
@@ -44,27 +44,27 @@ def table_of(results: ShapeResults) -> Table:
         table.add_row(case.name, style="bold")
         for label in labels:
             found = results.medians(label, case) or {}
-            cells = [_written(found.get(key), form, case, results.disk_bytes_per_s) for key, _, form in COLUMNS]
+            cells = [_written(found.get(key), form, case) for key, _, form in COLUMNS]
             table.add_row(f"  {label}", str(len(results.runs[label, case])), *cells)
     return table
 
 
-def _written(value: float | None, form: str, case: Case, disk: float | None) -> str:
-    if value is None or (form in ("rate", "share") and not case.is_cold):  # a warm load reads no disk
+def _written(value: float | None, form: str, case: Case) -> str:
+    if value is None or (form == "rate" and not case.is_cold):  # a warm load reads no disk
         return ""
     if form == "rate":
         return f"{value / 1e9:.2f}"
     if form == "share":
-        return f"{value / disk:.0%}" if disk else ""
+        return f"{value:.0%}"
     return format_size(int(value)) if form == "size" else form.format(value)
 
 
 def notes_of(results: ShapeResults) -> Iterator[str]:
     """Yield what stands below a shape's table."""
-    disk = results.disk_bytes_per_s
-    yield (
-        "the disk cannot be read directly" if disk is None else f"the disk gives {disk / 1e9:.2f} GB/s to direct reads"
-    )
+    if rates := results.disk_rates():
+        yield f"after cold loads the disk gave {rates[0] / 1e9:.2f} to {rates[-1] / 1e9:.2f} GB/s to direct reads"
+    else:
+        yield "the disk cannot be read directly"
     for case in ORDER:
         for label in [label for label, measured in results.runs if measured == case]:
             phases = (results.medians(label, case) or {}).get("phases_s")

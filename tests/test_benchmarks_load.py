@@ -30,7 +30,9 @@ from test_benchmarks import TINY
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the page cache is looked at on Linux")
 
 FIRST_COLD, LATER_COLD, LATER_WARM, FIRST_WARM = CASES
-FIGURES = {key: 1.0 for key, *_ in COLUMNS} | {"phases_s": {"build": 2.0}, "resident_share_before": 0.0}
+FIGURES = {key: 1.0 for key, *_ in COLUMNS} | {
+    "phases_s": {"build": 2.0}, "resident_share_before": 0.0, "disk_bytes_per_s": 2.0, "disk_share": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -177,15 +179,15 @@ def test_medians_reach_into_phases_and_leave_out_what_a_run_has_not() -> None:
 def test_a_page_cache_that_is_not_as_asked_is_known_and_told(is_cold: bool, share: float, is_so: bool) -> None:
     case = Case("later", is_cold)
     figures = {**FIGURES, "resident_share_before": share}
-    results = ShapeResults("tiny", 1, None, runs={("Loadstone", case): [figures]})
+    results = ShapeResults("tiny", 1, runs={("Loadstone", case): [figures]})
     assert is_as_asked(case, figures) is is_so
     assert any("as asked" in note for note in notes_of(results)) is not is_so
 
 
 def test_the_table_has_a_row_for_every_side_and_case() -> None:
-    results = ShapeResults("tiny", 1, 2.0)
+    results = ShapeResults("tiny", 1)
     results.add("one", FIRST_COLD, FIGURES)
-    results.add("two", LATER_WARM, {**FIGURES, "resident_s": None})
+    results.add("two", LATER_WARM, {**FIGURES, "resident_s": None, "disk_share": None})
     screen = Console(width=200, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
     screen.print(table_of(results))
     text = screen.export_text()
