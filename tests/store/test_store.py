@@ -90,7 +90,8 @@ def test_an_entry_is_a_safetensors_file_of_aligned_tensors(folder: Path, store: 
     decoder = loads.load(folder, store)
     entry = only(store)
     found = load_file(entry.weights)  # by the format's own library
-    assert torch.equal(found["layers.1.down:codes"], decoder.layers[1].down.weight.tensors()["codes"])
+    for name, tensor in decoder.layers[1].down.weight.tensors().items():
+        assert torch.equal(found[f"layers.1.down:{name}"], tensor)
     assert torch.equal(found["norm"], decoder.norm)
     assert {tensor.offset % 64 for tensor in entry.header().values()} == {0}
 
@@ -254,9 +255,10 @@ def test_a_flipped_bit_is_found_by_verify_and_made_again(folder: Path, store: St
     before = loads.answer(loads.load(folder, store))
     entry = only(store)
     assert store.verify(entry) is None
-    tensor = entry.header()["layers.1.gate_up:codes"]
+    name = next(name for name in entry.header() if name.startswith("layers.1.gate_up:"))
+    tensor = entry.header()[name]
     flip(entry.weights, tensor.offset + 77)
-    assert "layers.1.gate_up:codes" in str(store.verify(entry))
+    assert name in str(store.verify(entry))
     assert store.entries() == []
     assert len(store.damaged()) == 1
     assert loads.answer(loads.load(folder, store)) == before

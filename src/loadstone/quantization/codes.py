@@ -7,3 +7,9 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64
+LANES = 16  # rows that stand side by side where codes are turned
+
+
+def padded(rows: int) -> int:
+    """Return how many rows there are with those that fill the last sixteen."""
+    return -(-rows // LANES) * LANES

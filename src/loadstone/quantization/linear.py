@@ -16,6 +16,7 @@ from .base import Facts
 from .codes import BLOCK
 from .kernels.cpu import Call, CpuKernels, Work, cpu_kernels
 from .reference import dequantize_nf4
+from .turned import plain_rows, plain_rows_at
 
 functional = torch.nn.functional
 
@@ -198,9 +199,8 @@ class Int8Linear(KernelLinear):
 class Nf4Linear(KernelLinear):
     """W as NF4 codes, two a byte, with a 16-bit absmax for each 64 and one float scale over all of them.
 
-    The codes are laid out as bitsandbytes lays them out, so its kernels and ours read the same bytes. Sixteen bits
-    for an absmax, against bitsandbytes' eight of double quantisation, cost 0.125 bit a weight and keep the error
-    of the absmax itself below 0.05 %.
+    The codes are laid out as bitsandbytes lays them out. Sixteen bits for an absmax, against its eight of double
+    quantisation, cost 0.125 bit a weight and keep the error of the absmax itself below 0.05 %.
     """
 
     kind = "nf4"
@@ -227,8 +227,16 @@ class Nf4Linear(KernelLinear):
     def facts(self) -> Facts:
         return {"scale": self.scale}
 
+    def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and absmax of rows [start, stop)."""
+        return self.codes[start:stop], self.absmax[start:stop]
+
+    def rows_at(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and absmax of the rows that `ids` name."""
+        return self.codes[ids], self.absmax[ids]
+
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        codes, absmax = self.codes[start:stop], self.absmax[start:stop]
+        codes, absmax = self.rows_of(start, stop)
         if codes.is_cpu and find_spec("bitsandbytes") is not None:
             from ._bitsandbytes import dequantize_nf4 as by_bitsandbytes
 
@@ -236,4 +244,44 @@ class Nf4Linear(KernelLinear):
         return dequantize_nf4(codes, absmax, self.scale).to(dtype)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        return dequantize_nf4(self.codes[ids], self.absmax[ids], self.scale).to(self.dtype)
+        return dequantize_nf4(*self.rows_at(ids), self.scale).to(self.dtype)
+
+
+class TurnedNf4Linear(Nf4Linear):
+    """The same, turned for the wide products (`turned.py`): codes are groups × words × 16 × 4, absmax as its blocks."""
+
+    def __init__(
+        self, turned: torch.Tensor, turned_absmax: torch.Tensor, scale: float, rows: int, dtype: torch.dtype
+    ) -> None:
+        KernelLinear.__init__(self, rows, turned.shape[1] * 8)
+        self.turned, self.turned_absmax = turned, turned_absmax
+        self.scale = scale
+        self.dtype = dtype
+        self.kernels = kernels_for(turned.device, self.columns)
+
+    @property
+    def codes(self) -> torch.Tensor:  # type: ignore[override]
+        """The codes as bitsandbytes has them, in new memory."""
+        return self.rows_of(0, self.rows)[0]
+
+    @property
+    def absmax(self) -> torch.Tensor:  # type: ignore[override]
+        """The absmax of each block, rows × blocks, in new memory."""
+        return self.rows_of(0, self.rows)[1]
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.turned, self.turned_absmax
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"turned": self.turned, "turned_absmax": self.turned_absmax}
+
+    @property
+    def facts(self) -> Facts:
+        return {"scale": self.scale, "rows": float(self.rows)}
+
+    def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return plain_rows(self.turned, start, stop), plain_rows(self.turned_absmax, start, stop)
+
+    def rows_at(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return plain_rows_at(self.turned, ids), plain_rows_at(self.turned_absmax, ids)

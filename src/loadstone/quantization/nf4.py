@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from .base import Facts, Packed, Packing
-from .codes import BLOCK
+from .codes import BLOCK, padded
 from .int8 import LAYOUT as INT8_LAYOUT
 from .int8 import Int8, restore_int8
 from .none import NoQuantization
@@ -18,6 +18,7 @@ from .none import NoQuantization
 if TYPE_CHECKING:
     import torch
 
+    from .kernels.cpu import CpuKernels
     from .linear import Linear
 
 
@@ -44,6 +45,7 @@ class Nf4(Packed):
         other = self._other(part, columns)
         if other is not None:
             return other.weight_bytes(part, rows, columns, dtype_bytes=dtype_bytes)
+        rows = padded(rows)  # a little too much for a few odd rows where they are not turned
         return rows * columns // 2 + 2 * (rows * columns // BLOCK)
 
     def packing(
@@ -56,6 +58,8 @@ class Nf4(Packed):
             from ._bitsandbytes import BitsandbytesPacking
 
             return BitsandbytesPacking(rows, columns, device, dtype)
+        if device.type == "cpu" and (kernels := wide_kernels()) is not None:
+            return _TurnedPacking(rows, columns, kernels, dtype)
         return _Nf4Packing(rows, columns, device, dtype)
 
     def _other(self, part: str, columns: int) -> Packed | None:
@@ -66,22 +70,35 @@ class Nf4(Packed):
         return Int8() if kept == "8bit" or columns % BLOCK else None
 
     def layout(self, device_kind: str) -> str:
-        linear = "bitsandbytes-nf4-double-1" if device_kind == "cuda" else "nf4-64-absmax16-1"
+        on_cpu = "nf4-64-absmax16-turned-1" if device_kind == "cpu" and wide_kernels() else "nf4-64-absmax16-1"
+        linear = "bitsandbytes-nf4-double-1" if device_kind == "cuda" else on_cpu
         others = [f"{part}-{kept}" for part, kept in self._kept.items() if kept != "8bit"]
         return "+".join([linear, INT8_LAYOUT, *others])
 
     def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
-        from .linear import DenseLinear, Nf4Linear
+        from .linear import DenseLinear, Nf4Linear, TurnedNf4Linear
 
         if "scales" in tensors:
             return restore_int8(tensors, dtype)
-        if "codes" not in tensors:
+        if "weight" in tensors:
             return DenseLinear(tensors["weight"], dtype)
         if "absmax2" in tensors:
             from ._bitsandbytes import BitsandbytesNf4
 
             return BitsandbytesNf4.restore(tensors, facts, dtype)
+        if "turned" in tensors:
+            return TurnedNf4Linear(
+                tensors["turned"], tensors["turned_absmax"], facts["scale"], int(facts["rows"]), dtype
+            )  # fmt: skip
         return Nf4Linear(tensors["codes"], tensors["absmax"], facts["scale"], dtype)
+
+
+def wide_kernels() -> CpuKernels | None:
+    """Return our CPU kernels where they want NF4 turned."""
+    from .kernels.cpu import cpu_kernels
+
+    kernels = cpu_kernels()
+    return kernels if kernels is not None and kernels.is_wide else None
 
 
 class _Nf4Packing(Packing):
@@ -110,7 +127,39 @@ class _Nf4Packing(Packing):
     def finish(self) -> Linear:
         from .linear import Nf4Linear
 
-        # One NaN or infinity spoils its own block only, and one huge weight leaves the others' absmax its eleven bits.
-        scale = float(self.absmax.where(self.absmax.isfinite(), 0).max()) / LARGEST or 1.0
-        absmax = self.absmax.div_(scale).half().to(self.device)
-        return Nf4Linear(self.codes.to(self.device), absmax, scale, self.dtype)
+        absmax, scale = narrowed(self.absmax)
+        return Nf4Linear(self.codes.to(self.device), absmax.to(self.device), scale, self.dtype)
+
+
+class _TurnedPacking(Packing):
+    """The same, turned for the wide products."""
+
+    def __init__(self, rows: int, columns: int, kernels: CpuKernels, dtype: torch.dtype) -> None:
+        import torch
+
+        from .turned import turned_like
+
+        self.rows, self.dtype, self.kernels = rows, dtype, kernels
+        self.turned = turned_like(torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"))
+        self.absmax = torch.empty(rows, columns // BLOCK)
+
+    def add(self, first: int, rows: torch.Tensor) -> None:
+        import torch
+
+        codes = torch.empty(len(rows), rows.shape[1] // 2, dtype=torch.uint8)
+        self.kernels.quantize_nf4(rows, codes, self.absmax[first : first + len(rows)])
+        self.kernels.turn(codes, self.turned, first)
+
+    def finish(self) -> Linear:
+        from .linear import TurnedNf4Linear
+        from .turned import turned_scales
+
+        absmax, scale = narrowed(self.absmax)
+        return TurnedNf4Linear(self.turned, turned_scales(absmax), scale, self.rows, self.dtype)
+
+
+def narrowed(absmax: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return absmax in 16 bits, and the scale of all of it; `absmax` is overwritten."""
+    # One NaN or infinity spoils its own block only, and one huge weight leaves the others' absmax its eleven bits.
+    scale = float(absmax.where(absmax.isfinite(), 0).max()) / LARGEST or 1.0
+    return absmax.div_(scale).half(), scale

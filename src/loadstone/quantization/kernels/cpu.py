@@ -13,7 +13,7 @@ import torch
 from loadstone.telemetry import emit
 
 from .openmp import openmp_symbols
-from .words import SUMS, AttentionWords, ProductWords, QuantizerWords, ReplayWords
+from .words import SUMS, AttentionWords, ProductWords, QuantizerWords, ReplayWords, TurningWords
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _lock = threading.Lock()
@@ -64,6 +64,7 @@ class CpuKernels:
         from .products import build_products
         from .quantizers import build_quantizers
         from .replay import build_replay
+        from .turning import build_turning
 
         wide = has_features("avx512bw", "avx512vnni") if is_wide is None else is_wide
 
@@ -71,13 +72,14 @@ class CpuKernels:
             build_products(module, is_wide=wide)
             build_quantizers(module)
             build_replay(module)
+            build_turning(module)
 
         self.is_wide = wide
         self._compiled = Compiled("products-wide" if wide else "products", write, openmp_symbols())
         names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
         names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int8") for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
-        self._replay = self._compiled.function("replay")
+        self._replay, self._turn = self._compiled.function("replay"), self._compiled.function("turn")
         self._attention: dict[tuple[int, torch.dtype], AttentionKernel] = {}
 
     def product(
@@ -87,9 +89,10 @@ class CpuKernels:
     ) -> torch.Tensor:  # fmt: skip
         """Return y = f(x)·Wᵀ + bias + residual, M × rows, for x of M × columns.
 
-        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`), "int8"
-        (rows × columns, one float32 scale a row), or a float type's name. f is nothing, an RMS norm with weights
-        `norm`, or for `gated` silu of the first half of each row of x (M × 2·columns) times the second.
+        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`, both as
+        `turned.py` says where the kernels are wide), "int8" (rows × columns, one float32 scale a row), or a float
+        type's name. f is nothing, an RMS norm with weights `norm`, or for `gated` silu of the first half of each row of
+        x (M × 2·columns) times the second.
         """
         y = torch.empty(x.shape[0], rows)
         self.product_call(
@@ -125,6 +128,14 @@ class CpuKernels:
     def quantize_nf4(self, weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         """Write a weight's NF4 codes (rows × columns/2, uint8) and absmax (rows × columns/64, float32)."""
         self._quantize("nf4", weight, codes, absmax)
+
+    def turn(self, codes: torch.Tensor, turned: torch.Tensor, first: int) -> None:
+        """Write rows of codes (rows × bytes) into `turned` (groups × words × 16 × 4 bytes) from row `first` on.
+
+        NF4 products want their codes so when `is_wide`: a 32-bit word of each of sixteen rows side by side.
+        """
+        rows, size = codes.shape
+        self._turn(_array(TurningWords(codes.data_ptr(), turned.data_ptr(), first, rows, size // 4)))
 
     def quantize_int8(self, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
         """Write a weight (rows × columns, a multiple of 64) as int8 into `numbers`, and each row's scale (float32)."""
@@ -254,6 +265,7 @@ def _make() -> CpuKernels | None:
 def _wrong(kernels: CpuKernels) -> str | None:
     """Compare each product with torch on a small matrix; return what disagrees, or None."""
     from loadstone.quantization.reference import dequantize_nf4
+    from loadstone.quantization.turned import turned_like, turned_scales
 
     generator = torch.Generator().manual_seed(0)
     rows, columns = 150, 576  # more than a tile, and than a panel, and not a whole number of either
@@ -261,10 +273,14 @@ def _wrong(kernels: CpuKernels) -> str | None:
     codes, absmax = torch.empty(rows, columns // 2, dtype=torch.uint8), torch.empty(rows, columns // 64)
     kernels.quantize_nf4(weight, codes, absmax)
     half = absmax.half()
+    nf4 = (codes, half)
+    if kernels.is_wide:
+        nf4 = turned_like(codes), turned_scales(half)
+        kernels.turn(codes, nf4[0], 0)
     whole = (weight * 20).round().clamp(-127, 127).to(torch.int8)
     scales = torch.rand(rows, generator=generator) / 20
     kept: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {
-        "nf4": (codes, half, dequantize_nf4(codes, half, 1.0)),
+        "nf4": (*nf4, dequantize_nf4(codes, half, 1.0)),
         "int8": (whole, scales, whole.float() * scales[:, None]),
     }
     for dtype, name in NAMES.items():

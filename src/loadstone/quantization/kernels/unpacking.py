@@ -1,21 +1,21 @@
 """Sixteen rows of W, a row a lane: 4- and 8-bit weights unpacked to pairs of 16-bit numbers for 512-bit products.
 
-Rows are read 32 bits at a time and turned, so that a vector holds one such word of sixteen rows. A word's numbers
-become pairs of 16 bits by shifts and, for NF4, one look-up of 32 codes (VPERMW). The activations of a block are put
-in the order in which the pairs then stand.
+A vector holds one 32-bit word of sixteen rows: NF4 stands so in memory, 8-bit rows are turned as they are read. A
+word's numbers become pairs of 16 bits by shifts and, for NF4, one look-up of 32 codes (VPERMW). The activations of a
+block are put in the order in which the pairs then stand.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadstone.quantization.codes import BLOCK, NF4
+from loadstone.quantization.codes import BLOCK, LANES, NF4
 
 from ._llvm import F16, F32, I16, I32, I64, Kernel, constants, vector
 
-LANES = 16  # rows of W in a vector
 PAIRS = BLOCK // 2
 LINE = 64  # bytes of a cache's line
 # NF4's largest number. Of all scales, this one makes the sum of two errors smallest: that of rounding NF4's values
@@ -26,81 +26,115 @@ NF4_SCALE = 6282.75
 
 @dataclass(frozen=True)
 class Form:
-    """How a kind of weights is unpacked; `unpack` takes a kernel and a vector of 32-bit words, and returns pairs."""
+    """How a kind of weights is unpacked: `rows` reads sixteen rows' 32-bit words, and `unpack` makes pairs of them."""
 
     name: str
     bits: int  # a weight
     largest: int  # magnitude of a number after unpacking
     order: Sequence[int]  # the columns of a block, in the order of the pairs
+    rows: type[Rows]
     unpack: Callable[[Kernel, Any], list[Any]]
-
-    @property
-    def has_block_scales(self) -> bool:
-        """Tell whether each block has a scale of its own, rather than each row."""
-        return self.bits == 4
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of 64 weights of a row."""
-        return BLOCK * self.bits // 8
 
     @property
     def words(self) -> int:
         """32-bit words that 64 weights of a row take."""
-        return self.block_bytes // 4
+        return BLOCK * self.bits // 32
 
 
-class Rows:
-    """Sixteen rows of W from `first` on; beyond the last of W, that one again."""
+class Rows(ABC):
+    """Sixteen rows of W from `first` on, a multiple of sixteen."""
 
     def __init__(self, k: Kernel, form: Form, first: Any) -> None:
         self.k, self.form = k, form
         self.blocks = k.udiv(k.word("columns"), I64(BLOCK))
-        self._last = k.sub(k.word("rows"), I64(1))
-        self._read = [self._begins("weights", first, form.block_bytes)]
-        if form.has_block_scales:
-            self._read.append(self._begins("scales", first, 2))
 
-    def _begins(self, name: str, first: Any, block_bytes: int) -> tuple[int, list[Any]]:
-        """Return how many bytes a block has, and where each row begins."""
-        k = self.k
-        base, size = k.word(name), k.mul(self.blocks, I64(block_bytes))
-        rows = [k.least(k.add(first, I64(lane)), self._last) for lane in range(LANES)]
-        return block_bytes, [k.add(base, k.mul(row, size)) for row in rows]
-
+    @abstractmethod
     def words(self, b: Any) -> list[Any]:
         """Return block b's words: each vector has one word of sixteen rows."""
-        k, words = self.k, self.form.words
-        first = k.mul(b, I64(words))
-        return [word for part in range(0, words, 8) for word in _turned(k, self._read[0][1], k.add(first, I64(part)))]
 
+    @abstractmethod
     def scales(self, b: Any) -> Any:
         """Return block b's scales (float32) of sixteen rows."""
-        if not self.form.has_block_scales:
-            return constants(F32, [1.0] * LANES)
-        k = self.k
-        bits = k.beside([k.get(row, b, I16) for row in self._read[1][1]])
-        return k.fpext(k.bitcast(bits, vector(F16, LANES)), vector(F32, LANES))
 
+    @abstractmethod
     def ask_for_next_rows(self, b: Any) -> None:
         """Ask memory for the b-th part of the sixteen rows after these, in the order in which they lie there."""
-        k = self.k
-        for block_bytes, rows in self._read:
-            part = LANES * block_bytes
-            place = k.add(rows[0], k.mul(k.add(self.blocks, b), I64(part)))
-            for line in range(0, part, LINE):
-                k.prefetch(k.add(place, I64(line)))
 
+    @abstractmethod
     def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
         """Ask memory for the block that is `ahead` after b in these rows, or where they end, `tile` rows further."""
+
+
+class TurnedRows(Rows):
+    """Rows that stand turned in memory: a word of each of sixteen, then the next; and so the scales of blocks."""
+
+    def __init__(self, k: Kernel, form: Form, first: Any) -> None:
+        super().__init__(k, form, first)
+        block = k.mul(k.udiv(first, I64(LANES)), self.blocks)
+        self._bytes = LANES * form.words * 4, LANES * 2  # of a block, and of its scales
+        self._read = [
+            k.add(k.word(name), k.mul(block, I64(size)))
+            for name, size in zip(("weights", "scales"), self._bytes, strict=True)
+        ]
+
+    def words(self, b: Any) -> list[Any]:
         k = self.k
-        for block_bytes, rows in self._read:
-            size = k.mul(self.blocks, I64(block_bytes))
-            place = k.mul(k.add(b, I64(ahead)), I64(block_bytes))
-            further = k.add(place, k.mul(size, I64(tile - 1)))
-            place = k.select(k.icmp_signed("<", place, size), place, further)
-            for row in rows:
-                k.prefetch(k.add(row, place))
+        here = k.add(self._read[0], k.mul(b, I64(self._bytes[0])))
+        return [k.get(here, I64(LANES * word), vector(I32, LANES)) for word in range(self.form.words)]
+
+    def scales(self, b: Any) -> Any:
+        k = self.k
+        return k.fpext(k.get(self._read[1], k.mul(b, I64(LANES)), vector(F16, LANES)), vector(F32, LANES))
+
+    def ask_for_next_rows(self, b: Any) -> None:
+        self._ask(self.k.add(self.blocks, b))
+
+    def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
+        k = self.k
+        place = k.add(b, I64(ahead))
+        further = k.add(place, k.mul(self.blocks, I64(tile // LANES - 1)))
+        self._ask(k.select(k.icmp_signed("<", place, self.blocks), place, further))
+
+    def _ask(self, block: Any) -> None:
+        k = self.k
+        for base, size in zip(self._read, self._bytes, strict=True):
+            place = k.add(base, k.mul(block, I64(size)))
+            for line in range(0, size, LINE):
+                k.prefetch(k.add(place, I64(line)))
+
+
+class PlainRows(Rows):
+    """Rows that stand one after the other, with a scale for each; beyond the last of W, that one again."""
+
+    def __init__(self, k: Kernel, form: Form, first: Any) -> None:
+        super().__init__(k, form, first)
+        self._size = k.mul(self.blocks, I64(4 * form.words))
+        last = k.sub(k.word("rows"), I64(1))
+        rows = [k.least(k.add(first, I64(lane)), last) for lane in range(LANES)]
+        self._rows = [k.add(k.word("weights"), k.mul(row, self._size)) for row in rows]
+
+    def words(self, b: Any) -> list[Any]:
+        k, words = self.k, self.form.words
+        first = k.mul(b, I64(words))
+        return [word for part in range(0, words, 8) for word in _turned(k, self._rows, k.add(first, I64(part)))]
+
+    def scales(self, b: Any) -> Any:
+        return constants(F32, [1.0] * LANES)
+
+    def ask_for_next_rows(self, b: Any) -> None:
+        k = self.k
+        part = LANES * 4 * self.form.words
+        place = k.add(self._rows[0], k.mul(k.add(self.blocks, b), I64(part)))
+        for line in range(0, part, LINE):
+            k.prefetch(k.add(place, I64(line)))
+
+    def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
+        k = self.k
+        place = k.mul(k.add(b, I64(ahead)), I64(4 * self.form.words))
+        further = k.add(place, k.mul(self._size, I64(tile - 1)))
+        place = k.select(k.icmp_signed("<", place, self._size), place, further)
+        for row in self._rows:
+            k.prefetch(k.add(row, place))
 
 
 def _in_quarters(*places: int) -> list[int]:
@@ -149,6 +183,6 @@ def _int8(k: Kernel, word: Any) -> list[Any]:
 _NF4_ORDER = [8 * word + (nibble ^ 1) for word in range(8) for low in range(4) for nibble in (low, low + 4)]
 _INT8_ORDER = [4 * word + byte for word in range(16) for low in (0, 1) for byte in (low, low + 2)]
 FORMS = (
-    Form("nf4", 4, round(NF4_SCALE), _NF4_ORDER, _nf4),
-    Form("int8", 8, 128, _INT8_ORDER, _int8),
+    Form("nf4", 4, round(NF4_SCALE), _NF4_ORDER, TurnedRows, _nf4),
+    Form("int8", 8, 128, _INT8_ORDER, PlainRows, _int8),
 )

@@ -45,6 +45,16 @@ class QuantizerWords(NamedTuple):
     threads: int
 
 
+class TurningWords(NamedTuple):
+    """Rows of codes in, their words turned out."""
+
+    plain: int  # 32-bit words, rows × words
+    turned: int  # 32-bit words, … × words × 16
+    first: int  # the row of `turned` that the first of `plain` is
+    rows: int
+    words: int  # a row
+
+
 class AttentionWords(NamedTuple):
     """What some single new tokens see; each is a row of `qkv`, and belongs to a sequence in the cache."""
 

@@ -1,0 +1,35 @@
+"""NF4 as the wide products want it: of sixteen rows a 32-bit word each, side by side, then the next word of each.
+
+So a vector is loaded in one piece, and a thread reads memory from beginning to end. Rows beyond the last are zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .codes import LANES, padded
+
+
+def turned_like(codes: torch.Tensor) -> torch.Tensor:
+    """Return memory for codes (rows × bytes, uint8) when they are turned: groups × words × 16 × 4, zeros."""
+    rows, size = codes.shape
+    return torch.zeros(padded(rows) // LANES, size // 4, LANES, 4, dtype=torch.uint8)
+
+
+def turned_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Return scales (rows × blocks) turned: groups × blocks × 16."""
+    rows, blocks = scales.shape
+    whole = torch.nn.functional.pad(scales, (0, 0, 0, padded(rows) - rows))
+    return whole.view(-1, LANES, blocks).transpose(1, 2).contiguous()
+
+
+def plain_rows(turned: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows [start, stop) of what is turned (groups × N × 16 × …), one after the other: rows × (N · …)."""
+    first, last = start // LANES, -(-stop // LANES)
+    rows = turned[first:last].transpose(1, 2).flatten(0, 1)
+    return rows[start - first * LANES : stop - first * LANES].flatten(1)
+
+
+def plain_rows_at(turned: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the rows that `ids` name, as `plain_rows` does."""
+    return turned[ids // LANES, :, ids % LANES].flatten(1)
