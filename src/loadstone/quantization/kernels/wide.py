@@ -25,6 +25,7 @@ AT_ONCE = 8  # rows of x that are multiplied together; what is left is one small
 SIZES = range(1, AT_ONCE + 1)
 MANY = 9  # rows of x from which on a panel pays
 CHUNK = 8  # blocks in a panel: 16 KB, half of a core's nearest cache
+CROSSED = 4  # rows of x from which on Winograd's way pays without a panel
 SUMS_AT_ONCE = 4  # at least, so that an addition need not wait for the last
 
 FLOATS, INTEGERS, SHORTS = vector(F32, LANES), vector(I32, LANES), vector(I16, 2 * LANES)
@@ -142,6 +143,7 @@ def _direct(module: Any, form: Form, count: int) -> Any:
     rows = form.rows(k, form, first)
     x, steps = _x_from(k, m, I64(0), count)
 
+    add = _add_pairs if count < CROSSED else _add_crossed
     words = k.space(form.words * LANES * 4)  # unpacked in a loop, or there would be too much code to compile
 
     def block(b: Any, *totals: Any) -> list[Any]:
@@ -153,16 +155,16 @@ def _direct(module: Any, form: Form, count: int) -> Any:
         def word_by_word(index: Any, *found: Any) -> list[Any]:
             pairs = form.unpack(k, k.get(words, k.mul(index, I64(LANES)), INTEGERS))
             x_now = k.add(x_here, k.mul(index, I64(4 * count * len(pairs))))
-            following = [*found]
-            for number, pair in enumerate(pairs):
-                for j in range(count):
-                    one = k.splat(k.get(x_now, I64(count * number + j), I32), LANES)
-                    place = (count * number + j) % len(following)
-                    following[place] = _add_products(k, following[place], k.bitcast(pair, INTEGERS), one)
-            return following
+            return add(k, count, list(found), pairs, x_now)
 
+        offs = [k.get(steps_here, I64(count + j), I32) for j in range(count)]
         zeros = [constants(I32, [0] * LANES)] * (count * -(-SUMS_AT_ONCE // count))
-        found = k.loop(I64(0), I64(form.words), 1, word_by_word, *zeros)
+        if count < CROSSED:
+            found = k.loop(I64(0), I64(form.words), 1, word_by_word, *zeros)
+        else:
+            begin = [k.splat(off, LANES) for off in offs]
+            *found, crossed = k.loop(I64(0), I64(form.words), 1, word_by_word, *begin, zeros[0])
+            found = [k.sub(one, crossed) for one in found]
         following, scales = [], rows.scales(b)
         for j in range(count):
             whole = reduce(k.add, found[j::count])
@@ -174,6 +176,28 @@ def _direct(module: Any, form: Form, count: int) -> Any:
     for j in range(count):
         _put_results(k, form, totals[j], k.add(m, I64(j)), first)
     return k.done()
+
+
+def _add_pairs(k: Kernel, count: int, found: list[Any], pairs: list[Any], x: Any) -> list[Any]:
+    """Add the products of pairs of W with those of `count` rows of x, which stand at `x`."""
+    for number, pair in enumerate(pairs):
+        for j in range(count):
+            one = k.splat(k.get(x, I64(count * number + j), I32), LANES)
+            place = (count * number + j) % len(found)
+            found[place] = _add_products(k, found[place], pair, one)
+    return found
+
+
+def _add_crossed(k: Kernel, count: int, found: list[Any], pairs: list[Any], x: Any) -> list[Any]:
+    """The same by Winograd's way; the last of `found` is what is to be taken off for W."""
+    *sums, crossed = found
+    for number in range(0, len(pairs), 2):
+        w0, w1 = (k.bitcast(pair, SHORTS) for pair in pairs[number : number + 2])
+        crossed = _add_products(k, crossed, w0, w1)
+        for j in range(count):
+            x0, x1 = (k.bitcast(k.splat(k.get(x, I64(count * (number + i) + j), I32), LANES), SHORTS) for i in (0, 1))
+            sums[j] = _add_products(k, sums[j], k.add(x0, w1), k.add(x1, w0))
+    return [*sums, crossed]
 
 
 def _x_from(k: Kernel, m: Any, b: Any, group: int) -> tuple[Any, Any]:
