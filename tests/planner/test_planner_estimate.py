@@ -55,7 +55,7 @@ def test_tied_embedding_is_kept_once() -> None:
     tied = estimate_weights(tiny(tied=True), strategy, CPU_SETTINGS, "cpu")
     apart = estimate_weights(tiny(), strategy, CPU_SETTINGS, "cpu")
     assert tied["lm_head"] == 0
-    assert apart["lm_head"] == apart["embedding"] == tied["embedding"]
+    assert apart["embedding"] <= apart["lm_head"] == tied["embedding"]  # multiplied rows may stand in sixteens
 
 
 def test_key_value_cache_is_56_kib_a_token_in_16_bits() -> None:

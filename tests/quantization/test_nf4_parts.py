@@ -85,6 +85,6 @@ def test_every_variant_has_a_layout_of_its_own(kind: str) -> None:
 def test_the_layout_is_what_entries_of_the_store_were_made_with(kernels: str) -> None:
     """Another name makes every entry anew; change it with the bytes, and only then."""
     is_turned = kernels == "kernels" and nf4.wide_kernels() is not None
-    on_cpu = "nf4-64-absmax16-turned-1" if is_turned else "nf4-64-absmax16-1"
-    assert Nf4().layout("cpu") == f"{on_cpu}+int8-rows-1"
+    on_cpu = "nf4-64-absmax16-turned-1+int8-rows-turned-1" if is_turned else "nf4-64-absmax16-1+int8-rows-1"
+    assert Nf4().layout("cpu") == on_cpu
     assert Nf4().layout("cuda") == "bitsandbytes-nf4-double-1+int8-rows-1"

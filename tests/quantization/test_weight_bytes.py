@@ -32,8 +32,8 @@ def test_weight_bytes_are_those_of_the_tensors(
     made = weights.quantized(strategy, torch.ones(rows, columns, dtype=dtype), part=part)
     said = find_strategy(strategy).weight_bytes(part, rows, columns, dtype_bytes=dtype.itemsize)
     assert made.nbytes == kept(made)
-    # Rows of 4 bits may stand in sixteens, and the last of these may have a few too many.
-    few = 15 * columns if (strategy, part) == ("4bit", "linear") and rows % 16 else 0
+    # Rows that are multiplied may stand in sixteens, and the last of these may have a few too many.
+    few = 15 * columns if strategy != "none" and part != "embedding" and rows % 16 else 0
     assert made.nbytes <= said <= made.nbytes + few
 
 

@@ -26,7 +26,8 @@ Kept = Linear | torch.Tensor
 class Part:
     """One thing that a decoder keeps: a matrix of kind "linear", "embedding" or "lm_head", or a "vector".
 
-    `tensors` are the checkpoint's, by the Hub's names; their rows follow one another in the part.
+    An embedding that is the head too is of the kind "lm_head", because it is multiplied. `tensors` are the
+    checkpoint's, by the Hub's names; their rows follow one another in the part.
     """
 
     name: str
@@ -39,7 +40,8 @@ def parts_of(spec: ModelSpec) -> tuple[Part, ...]:
 
     The two largest come first: what is made last has nothing beside it while it is written.
     """
-    parts = [Part("embedding", "embedding", ("model.embed_tokens.weight",))]
+    kind = "lm_head" if spec.tied_embeddings else "embedding"
+    parts = [Part("embedding", kind, ("model.embed_tokens.weight",))]
     if not spec.tied_embeddings:
         parts.append(Part("lm_head", "lm_head", ("lm_head.weight",)))
     for index in range(spec.layers):

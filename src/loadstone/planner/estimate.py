@@ -78,7 +78,8 @@ def estimate_weights(spec: ModelSpec, strategy: Strategy, settings: MemorySettin
         if len(tensor.shape) == 2 and part != "norm":
             rows, columns = tensor.shape
             number = _bytes_unquantised(spec, tensor) if device_kind == "cpu" else compute
-            parts[part] += strategy.weight_bytes(part, rows, columns, dtype_bytes=number)
+            kept_as = "lm_head" if part == "embedding" and spec.tied_embeddings else part  # because it is multiplied
+            parts[part] += strategy.weight_bytes(kept_as, rows, columns, dtype_bytes=number)
         else:
             parts["norm"] += tensor.elements * compute
     return parts

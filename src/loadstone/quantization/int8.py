@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .base import Facts, Packed, Packing
+from .codes import BLOCK, padded
+from .turning import wide_kernels
 
 if TYPE_CHECKING:
     import torch
 
+    from .kernels.cpu import CpuKernels
     from .linear import Linear
 
 CHUNK = 1 << 20  # weights widened to float32 at a time
-LAYOUT = "int8-rows-1"
 
 
 class Int8(Packed):
@@ -27,18 +29,32 @@ class Int8(Packed):
     summary = "8 bits a weight, one scale for each row"
 
     def weight_bytes(self, part: str, rows: int, columns: int, *, dtype_bytes: int = 2) -> int:
-        return rows * columns + 4 * rows
+        # Rows that stand in sixteens may have a few too many; an embedding's stand alone, as they are looked up.
+        return (rows if part == "embedding" or columns % BLOCK else padded(rows)) * columns + 4 * rows
 
     def packing(
         self, part: str, rows: int, columns: int, *, source: torch.dtype, device: torch.device, dtype: torch.dtype
     ) -> Packing:
-        return Int8Packing(rows, columns, device, dtype)
+        return int8_packing(part, rows, columns, device, dtype)
 
     def layout(self, device_kind: str) -> str:
-        return LAYOUT
+        return int8_layout(device_kind)
 
     def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
         return restore_int8(tensors, dtype)
+
+
+def int8_packing(part: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Packing:
+    """Return what makes a weight of 8 bits; an embedding that is not multiplied stays as its rows are looked up."""
+    is_turned = device.type == "cpu" and columns % BLOCK == 0 and part != "embedding"
+    if is_turned and (kernels := wide_kernels()) is not None:
+        return _TurnedPacking(rows, columns, kernels, dtype)
+    return Int8Packing(rows, columns, device, dtype)
+
+
+def int8_layout(device_kind: str) -> str:
+    """Return the name of the bytes that `int8_packing` makes."""
+    return "int8-rows-turned-1" if device_kind == "cpu" and wide_kernels() is not None else "int8-rows-1"
 
 
 class Int8Packing(Packing):
@@ -65,10 +81,35 @@ class Int8Packing(Packing):
         return restore_int8({"weight": self.numbers, "scales": self.scales}, self.dtype)
 
 
+class _TurnedPacking(Packing):
+    """The same, turned for the wide products."""
+
+    def __init__(self, rows: int, columns: int, kernels: CpuKernels, dtype: torch.dtype) -> None:
+        import torch
+
+        from .turned import turned_space
+
+        self.turned = turned_space(rows, columns, torch.int8)
+        self.scales = torch.empty(rows)
+        self.dtype, self.kernels = dtype, kernels
+
+    def add(self, first: int, rows: torch.Tensor) -> None:
+        import torch
+
+        numbers = torch.empty(rows.shape, dtype=torch.int8)
+        self.kernels.quantize_int8(rows, numbers, self.scales[first : first + len(rows)])
+        self.kernels.turn(numbers, self.turned, first)
+
+    def finish(self) -> Linear:
+        return restore_int8({"turned": self.turned, "scales": self.scales}, self.dtype)
+
+
 def restore_int8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Linear:
     """Return the product of a weight kept in 8 bits."""
-    from .linear import Int8Linear
+    from .linear import Int8Linear, TurnedInt8Linear
 
+    if "turned" in tensors:
+        return TurnedInt8Linear(tensors["turned"], tensors["scales"], dtype)
     return Int8Linear(tensors["weight"], tensors["scales"], dtype)
 
 

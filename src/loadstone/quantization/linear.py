@@ -173,7 +173,8 @@ class Int8Linear(KernelLinear):
         self.weight = weight
         self.scales = scales
         self.dtype = dtype
-        self.kernels = kernels_for(weight.device, self.columns)
+        kernels = kernels_for(weight.device, self.columns)
+        self.kernels = None if kernels is not None and kernels.is_wide else kernels  # which want it turned
 
     @property
     def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,11 +190,48 @@ class Int8Linear(KernelLinear):
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"weight": self.weight, "scales": self.scales}
 
+    def rows_of(self, start: int, stop: int) -> torch.Tensor:
+        """Return the numbers of rows [start, stop)."""
+        return self.weight[start:stop]
+
+    def rows_at(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of the rows that `ids` name."""
+        return self.weight[ids]
+
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        return (self.weight[start:stop].float() * self.scales[start:stop, None]).to(dtype)
+        return (self.rows_of(start, stop).float() * self.scales[start:stop, None]).to(dtype)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        return (self.weight[ids].float() * self.scales[ids].unsqueeze(-1)).to(self.dtype)
+        return (self.rows_at(ids).float() * self.scales[ids].unsqueeze(-1)).to(self.dtype)
+
+
+class TurnedInt8Linear(Int8Linear):
+    """The same, turned for the wide products (`turned.py`): groups × words × 16 × 4."""
+
+    def __init__(self, turned: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        KernelLinear.__init__(self, len(scales), turned.shape[1] * 4)
+        self.turned = turned
+        self.scales = scales
+        self.dtype = dtype
+        self.kernels = kernels_for(turned.device, self.columns)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The numbers, rows × columns, in new memory."""
+        return self.rows_of(0, self.rows)
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.turned, self.scales
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {"turned": self.turned, "scales": self.scales}
+
+    def rows_of(self, start: int, stop: int) -> torch.Tensor:
+        return plain_rows(self.turned, start, stop)
+
+    def rows_at(self, ids: torch.Tensor) -> torch.Tensor:
+        return plain_rows_at(self.turned, ids)
 
 
 class Nf4Linear(KernelLinear):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from .base import Facts, Packed, Packing
 from .codes import BLOCK, padded
-from .int8 import LAYOUT as INT8_LAYOUT
-from .int8 import Int8, restore_int8
+from .int8 import Int8, int8_layout, restore_int8
 from .none import NoQuantization
+from .turning import wide_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class Nf4(Packed):
         on_cpu = "nf4-64-absmax16-turned-1" if device_kind == "cpu" and wide_kernels() else "nf4-64-absmax16-1"
         linear = "bitsandbytes-nf4-double-1" if device_kind == "cuda" else on_cpu
         others = [f"{part}-{kept}" for part, kept in self._kept.items() if kept != "8bit"]
-        return "+".join([linear, INT8_LAYOUT, *others])
+        return "+".join([linear, int8_layout(device_kind), *others])
 
     def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
         from .linear import DenseLinear, Nf4Linear, TurnedNf4Linear
@@ -91,14 +91,6 @@ class Nf4(Packed):
                 tensors["turned"], tensors["turned_absmax"], facts["scale"], int(facts["rows"]), dtype
             )  # fmt: skip
         return Nf4Linear(tensors["codes"], tensors["absmax"], facts["scale"], dtype)
-
-
-def wide_kernels() -> CpuKernels | None:
-    """Return our CPU kernels where they want NF4 turned."""
-    from .kernels.cpu import cpu_kernels
-
-    kernels = cpu_kernels()
-    return kernels if kernels is not None and kernels.is_wide else None
 
 
 class _Nf4Packing(Packing):
@@ -137,10 +129,10 @@ class _TurnedPacking(Packing):
     def __init__(self, rows: int, columns: int, kernels: CpuKernels, dtype: torch.dtype) -> None:
         import torch
 
-        from .turned import turned_like
+        from .turned import turned_space
 
         self.rows, self.dtype, self.kernels = rows, dtype, kernels
-        self.turned = turned_like(torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta"))
+        self.turned = turned_space(rows, columns // 2, torch.uint8)
         self.absmax = torch.empty(rows, columns // BLOCK)
 
     def add(self, first: int, rows: torch.Tensor) -> None:

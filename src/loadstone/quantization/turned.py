@@ -1,4 +1,4 @@
-"""NF4 as the wide products want it: of sixteen rows a 32-bit word each, side by side, then the next word of each.
+"""Weights as the wide products want them: of sixteen rows a 32-bit word each, side by side, then each one's next.
 
 So a vector is loaded in one piece, and a thread reads memory from beginning to end. Rows beyond the last are zeros.
 """
@@ -10,10 +10,9 @@ import torch
 from .codes import LANES, padded
 
 
-def turned_like(codes: torch.Tensor) -> torch.Tensor:
-    """Return memory for codes (rows × bytes, uint8) when they are turned: groups × words × 16 × 4, zeros."""
-    rows, size = codes.shape
-    return torch.zeros(padded(rows) // LANES, size // 4, LANES, 4, dtype=torch.uint8)
+def turned_space(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for rows of `size` bytes when they are turned: groups × words × 16 × 4, zeros."""
+    return torch.zeros(padded(rows) // LANES, size // 4, LANES, 4, dtype=dtype)
 
 
 def turned_scales(scales: torch.Tensor) -> torch.Tensor:

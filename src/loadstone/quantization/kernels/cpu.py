@@ -89,8 +89,8 @@ class CpuKernels:
     ) -> torch.Tensor:  # fmt: skip
         """Return y = f(x)·Wᵀ + bias + residual, M × rows, for x of M × columns.
 
-        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`, both as
-        `turned.py` says where the kernels are wide), "int8" (rows × columns, one float32 scale a row), or a float
+        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`), "int8"
+        (rows × columns, one float32 scale a row), both as `turned.py` says where the kernels are wide, or a float
         type's name. f is nothing, an RMS norm with weights `norm`, or for `gated` silu of the first half of each row of
         x (M × 2·columns) times the second.
         """
@@ -132,7 +132,7 @@ class CpuKernels:
     def turn(self, codes: torch.Tensor, turned: torch.Tensor, first: int) -> None:
         """Write rows of codes (rows × bytes) into `turned` (groups × words × 16 × 4 bytes) from row `first` on.
 
-        NF4 products want their codes so when `is_wide`: a 32-bit word of each of sixteen rows side by side.
+        Products want 4 and 8 bits so when `is_wide`: a 32-bit word of each of sixteen rows side by side.
         """
         rows, size = codes.shape
         self._turn(_array(TurningWords(codes.data_ptr(), turned.data_ptr(), first, rows, size // 4)))
@@ -265,7 +265,14 @@ def _make() -> CpuKernels | None:
 def _wrong(kernels: CpuKernels) -> str | None:
     """Compare each product with torch on a small matrix; return what disagrees, or None."""
     from loadstone.quantization.reference import dequantize_nf4
-    from loadstone.quantization.turned import turned_like, turned_scales
+    from loadstone.quantization.turned import turned_scales, turned_space
+
+    def turned(plain: torch.Tensor) -> torch.Tensor:
+        if not kernels.is_wide:
+            return plain
+        space = turned_space(len(plain), plain.shape[1], plain.dtype)
+        kernels.turn(plain, space, 0)
+        return space
 
     generator = torch.Generator().manual_seed(0)
     rows, columns = 150, 576  # more than a tile, and than a panel, and not a whole number of either
@@ -273,15 +280,11 @@ def _wrong(kernels: CpuKernels) -> str | None:
     codes, absmax = torch.empty(rows, columns // 2, dtype=torch.uint8), torch.empty(rows, columns // 64)
     kernels.quantize_nf4(weight, codes, absmax)
     half = absmax.half()
-    nf4 = (codes, half)
-    if kernels.is_wide:
-        nf4 = turned_like(codes), turned_scales(half)
-        kernels.turn(codes, nf4[0], 0)
     whole = (weight * 20).round().clamp(-127, 127).to(torch.int8)
     scales = torch.rand(rows, generator=generator) / 20
     kept: dict[str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = {
-        "nf4": (*nf4, dequantize_nf4(codes, half, 1.0)),
-        "int8": (whole, scales, whole.float() * scales[:, None]),
+        "nf4": (turned(codes), turned_scales(half) if kernels.is_wide else half, dequantize_nf4(codes, half, 1.0)),
+        "int8": (turned(whole), scales, whole.float() * scales[:, None]),
     }
     for dtype, name in NAMES.items():
         cast = weight.to(dtype)

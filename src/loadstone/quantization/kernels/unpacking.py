@@ -1,13 +1,12 @@
 """Sixteen rows of W, a row a lane: 4- and 8-bit weights unpacked to pairs of 16-bit numbers for 512-bit products.
 
-A vector holds one 32-bit word of sixteen rows: NF4 stands so in memory, 8-bit rows are turned as they are read. A
-word's numbers become pairs of 16 bits by shifts and, for NF4, one look-up of 32 codes (VPERMW). The activations of a
-block are put in the order in which the pairs then stand.
+A vector holds one 32-bit word of sixteen rows, as they stand in memory. A word's numbers become pairs of 16 bits by
+shifts and, for NF4, one look-up of 32 codes (VPERMW). The activations of a block are put in the order in which the
+pairs then stand.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +25,12 @@ NF4_SCALE = 6282.75
 
 @dataclass(frozen=True)
 class Form:
-    """How a kind of weights is unpacked: `rows` reads sixteen rows' 32-bit words, and `unpack` makes pairs of them."""
+    """How a kind of weights is unpacked: `unpack` makes pairs of a vector of 32-bit words."""
 
     name: str
     bits: int  # a weight
     largest: int  # magnitude of a number after unpacking
     order: Sequence[int]  # the columns of a block, in the order of the pairs
-    rows: type[Rows]
     unpack: Callable[[Kernel, Any], list[Any]]
 
     @property
@@ -41,55 +39,38 @@ class Form:
         return BLOCK * self.bits // 32
 
 
-class Rows(ABC):
-    """Sixteen rows of W from `first` on, a multiple of sixteen."""
+class Rows:
+    """Sixteen rows of W from `first` on, a multiple of sixteen, which stand turned in memory (`turned.py`)."""
 
     def __init__(self, k: Kernel, form: Form, first: Any) -> None:
         self.k, self.form = k, form
         self.blocks = k.udiv(k.word("columns"), I64(BLOCK))
-
-    @abstractmethod
-    def words(self, b: Any) -> list[Any]:
-        """Return block b's words: each vector has one word of sixteen rows."""
-
-    @abstractmethod
-    def scales(self, b: Any) -> Any:
-        """Return block b's scales (float32) of sixteen rows."""
-
-    @abstractmethod
-    def ask_for_next_rows(self, b: Any) -> None:
-        """Ask memory for the b-th part of the sixteen rows after these, in the order in which they lie there."""
-
-    @abstractmethod
-    def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
-        """Ask memory for the block that is `ahead` after b in these rows, or where they end, `tile` rows further."""
-
-
-class TurnedRows(Rows):
-    """Rows that stand turned in memory: a word of each of sixteen, then the next; and so the scales of blocks."""
-
-    def __init__(self, k: Kernel, form: Form, first: Any) -> None:
-        super().__init__(k, form, first)
         block = k.mul(k.udiv(first, I64(LANES)), self.blocks)
-        self._bytes = LANES * form.words * 4, LANES * 2  # of a block, and of its scales
+        self._bytes = [LANES * form.words * 4] + [LANES * 2] * (form.bits == 4)  # of a block, and of its scales
         self._read = [
             k.add(k.word(name), k.mul(block, I64(size)))
-            for name, size in zip(("weights", "scales"), self._bytes, strict=True)
+            for name, size in zip(("weights", "scales"), self._bytes, strict=False)
         ]
 
     def words(self, b: Any) -> list[Any]:
+        """Return block b's words: each vector has one word of sixteen rows."""
         k = self.k
         here = k.add(self._read[0], k.mul(b, I64(self._bytes[0])))
         return [k.get(here, I64(LANES * word), vector(I32, LANES)) for word in range(self.form.words)]
 
     def scales(self, b: Any) -> Any:
+        """Return block b's scales (float32) of sixteen rows."""
+        if self.form.bits == 8:  # a row has one, for all of it
+            return constants(F32, [1.0] * LANES)
         k = self.k
         return k.fpext(k.get(self._read[1], k.mul(b, I64(LANES)), vector(F16, LANES)), vector(F32, LANES))
 
     def ask_for_next_rows(self, b: Any) -> None:
+        """Ask memory for block b of the sixteen rows after these."""
         self._ask(self.k.add(self.blocks, b))
 
     def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
+        """Ask memory for the block that is `ahead` after b in these rows, or where they end, `tile` rows further."""
         k = self.k
         place = k.add(b, I64(ahead))
         further = k.add(place, k.mul(self.blocks, I64(tile // LANES - 1)))
@@ -101,66 +82,6 @@ class TurnedRows(Rows):
             place = k.add(base, k.mul(block, I64(size)))
             for line in range(0, size, LINE):
                 k.prefetch(k.add(place, I64(line)))
-
-
-class PlainRows(Rows):
-    """Rows that stand one after the other, with a scale for each; beyond the last of W, that one again."""
-
-    def __init__(self, k: Kernel, form: Form, first: Any) -> None:
-        super().__init__(k, form, first)
-        self._size = k.mul(self.blocks, I64(4 * form.words))
-        last = k.sub(k.word("rows"), I64(1))
-        rows = [k.least(k.add(first, I64(lane)), last) for lane in range(LANES)]
-        self._rows = [k.add(k.word("weights"), k.mul(row, self._size)) for row in rows]
-
-    def words(self, b: Any) -> list[Any]:
-        k, words = self.k, self.form.words
-        first = k.mul(b, I64(words))
-        return [word for part in range(0, words, 8) for word in _turned(k, self._rows, k.add(first, I64(part)))]
-
-    def scales(self, b: Any) -> Any:
-        return constants(F32, [1.0] * LANES)
-
-    def ask_for_next_rows(self, b: Any) -> None:
-        k = self.k
-        part = LANES * 4 * self.form.words
-        place = k.add(self._rows[0], k.mul(k.add(self.blocks, b), I64(part)))
-        for line in range(0, part, LINE):
-            k.prefetch(k.add(place, I64(line)))
-
-    def ask_ahead(self, b: Any, ahead: int, tile: int) -> None:
-        k = self.k
-        place = k.mul(k.add(b, I64(ahead)), I64(4 * self.form.words))
-        further = k.add(place, k.mul(self._size, I64(tile - 1)))
-        place = k.select(k.icmp_signed("<", place, self._size), place, further)
-        for row in self._rows:
-            k.prefetch(k.add(row, place))
-
-
-def _in_quarters(*places: int) -> list[int]:
-    return [4 * quarter + place for quarter in range(4) for place in places]
-
-
-# VPUNPCKL/HDQ and VPUNPCKL/HQDQ.
-_BY_WORDS = (_in_quarters(0, 16, 1, 17), _in_quarters(2, 18, 3, 19))
-_BY_TWO_WORDS = (_in_quarters(0, 1, 16, 17), _in_quarters(2, 3, 18, 19))
-
-
-def _turned(k: Kernel, rows: list[Any], index: Any) -> list[Any]:
-    """Return eight vectors: the n-th holds the 32-bit word at `index` + n of all sixteen rows.
-
-    Shuffles within a quarter of a register are the cheap ones: four rows are turned in each quarter, and quarters
-    are exchanged once, at the end.
-    """
-    eights = []
-    for base in (0, 8):
-        rows_of = [k.get(row, index, vector(I32, 8)) for row in rows[base : base + 8]]
-        a, b, c, d = (k.pick(rows_of[i], rows_of[i + 4], range(16)) for i in range(4))
-        halves = [(k.pick(a, b, order), k.pick(c, d, order)) for order in _BY_WORDS]
-        eights.append([k.pick(*half, order) for half in halves for order in _BY_TWO_WORDS])
-    even = [16 * half + 8 * quarter + i for half in (0, 1) for quarter in (0, 1) for i in range(4)]
-    odd = [place + 4 for place in even]
-    return [k.pick(eights[0][i], eights[1][i], order) for order in (even, odd) for i in range(4)]
 
 
 def _nf4(k: Kernel, word: Any) -> list[Any]:
@@ -183,6 +104,6 @@ def _int8(k: Kernel, word: Any) -> list[Any]:
 _NF4_ORDER = [8 * word + (nibble ^ 1) for word in range(8) for low in range(4) for nibble in (low, low + 4)]
 _INT8_ORDER = [4 * word + byte for word in range(16) for low in (0, 1) for byte in (low, low + 2)]
 FORMS = (
-    Form("nf4", 4, round(NF4_SCALE), _NF4_ORDER, TurnedRows, _nf4),
-    Form("int8", 8, 128, _INT8_ORDER, PlainRows, _int8),
+    Form("nf4", 4, round(NF4_SCALE), _NF4_ORDER, _nf4),
+    Form("int8", 8, 128, _INT8_ORDER, _int8),
 )

@@ -18,7 +18,7 @@ from loadstone.quantization.codes import BLOCK, LANES
 
 from ._llvm import F32, I16, I32, I64, Kernel, as_float32, constants, vector
 from .activations import BEFORE, prepare
-from .unpacking import FORMS, NF4_SCALE, PAIRS, Form
+from .unpacking import FORMS, NF4_SCALE, PAIRS, Form, Rows
 from .words import SUMS, ProductWords
 
 AT_ONCE = 8  # rows of x that are multiplied together; what is left is one smaller group
@@ -140,7 +140,7 @@ def _direct(module: Any, form: Form, count: int) -> Any:
     """Multiply sixteen rows of W from `first` on with `count` rows of x from m on."""
     k = Kernel(module, f"{form.name}.direct{count}", ProductWords, extra=2)
     first, m = k.extra
-    rows = form.rows(k, form, first)
+    rows = Rows(k, form, first)
     x, steps = _x_from(k, m, I64(0), count)
 
     add = _add_pairs if count < CROSSED else _add_crossed
@@ -257,7 +257,7 @@ def _fill(module: Any, form: Form) -> Any:
     """Unpack `count` blocks of sixteen rows of W into a panel; beside it, scales and minus the sums of w₀w₁."""
     k = Kernel(module, f"{form.name}.fill", ProductWords, extra=5)
     first, start, count, panel, side = k.extra
-    rows = form.rows(k, form, first)
+    rows = Rows(k, form, first)
 
     def one(b: Any) -> None:
         rows.ask_ahead(k.add(start, b), CHUNK, SUMS)
