@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -50,7 +51,7 @@ class Decoder:
     def __post_init__(self) -> None:
         kernels = cpu_kernels() if self.device.type == "cpu" and self.dtype == torch.float32 else None
         self.attention = kernels.attention(self.head_size, self.cache_dtype) if kernels is not None else None
-        self.steps = Steps(self)
+        self.steps: WeakKeyDictionary[KVCache, Steps] = WeakKeyDictionary()
 
     def new_cache(self, tokens: int) -> KVCache:
         """Return an empty KV cache for `tokens` tokens in all."""
@@ -136,7 +137,7 @@ class Decoder:
         """
         self._check(segments, cache)
         x = self.embedding.lookup(torch.tensor(ids, device=self.device))
-        if (step := self.steps.of(segments, len(ids), cache)) is not None:
+        if (step := self.steps.setdefault(cache, Steps()).of(self, cache, segments, len(ids))) is not None:
             x = step(x, segments)
         else:
             batch = Batch(segments, self)
