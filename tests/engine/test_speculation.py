@@ -143,6 +143,21 @@ def test_quoting_takes_fewer_steps(model: LoadedModel) -> None:
         assert len(watched.passes) < 28
 
 
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=8), Sampling(stop=("four five",))])
+def test_guesses_of_the_last_step_count_too(
+    model: LoadedModel, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text is the tokens that steps chose by themselves, and the guesses that were right."""
+    monkeypatch.setattr(Costs, "note", lambda *_: None)  # the same guesses, however busy this machine is
+    words = " one two three four five six seven"
+    with watched_engine(model, EngineConfig(prefix_reuse=False)) as (engine, watched):
+        watched.say(*model.tokenizer.encode(words, add_special_tokens=False))
+        result = engine.generate(words * 8, sampling, raw=True)
+    ends_with_a_guess = sampling.stop != ()  # else with what comes after it
+    assert result.usage.accepted_tokens > 1
+    assert result.usage.completion_tokens == len(watched.passes) - ends_with_a_guess + result.usage.accepted_tokens
+
+
 def test_company_does_not_change_what_is_guessed_into_what_is_said(model: LoadedModel) -> None:
     """Several answers guess in the same steps, each as it would alone."""
     prompts = [PROMPT, "Count from one to nine, then again: one two three four", "Hi", "你好，你好，你好，"]
