@@ -104,6 +104,20 @@ def test_a_cost_between_two_that_are_known_lies_between_them() -> None:
     assert costs.of(5) < costs.of(8)
 
 
+def test_a_step_that_was_disturbed_once_does_not_end_all_guessing() -> None:
+    """Other work held the first step with guesses up for a second; some time later guesses are tried again, and pay."""
+    costs, drafter = Costs(), _drafter(*[1, 2, 3, 4] * 3, right=30)
+    costs.note(1, 0.01)
+    costs.note(MOST + 1, 1.0)
+    guessed = 0
+    for _ in range(400):
+        guess = drafter.guess(MOST, costs, 1)
+        costs.note(1 + len(guess), 0.01 + 0.001 * len(guess))
+        drafter.learn(len(guess), len(guess))
+        guessed += len(guess) > 0
+    assert guessed > 200
+
+
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 QUOTE = "The quick brown fox jumps over the lazy dog, and the slow grey tortoise looks up at the old stone wall."

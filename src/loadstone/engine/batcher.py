@@ -304,6 +304,7 @@ class Batcher:
         started = time.perf_counter()
         logits = self.decoder.forward(ids, segments, self.cache)
         if is_decoding:
+            logits[-1, -1].item()  # a GPU has only begun
             self._costs.note(len(ids), time.perf_counter() - started)
         for answer, rows in zip(turn, torch.split(logits, [one.wanted for one in segments]), strict=True):
             if not answer.is_reading:
