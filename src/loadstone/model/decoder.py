@@ -73,7 +73,11 @@ class Decoder:
             self.publishing.finish()
 
     def identity(self) -> str:
-        """Return what keys and values depend on, digested: the same for the same weights, kept the same way."""
+        """Return what keys and values depend on, digested: the same for the same weights, kept the same way.
+
+        Waits until the weights are in the store, since they are told by their entry there.
+        """
+        self.settle()
         made_of = Digest()
         if self.entry is not None:
             made_of.update(self.entry.manifest.key.encode())
@@ -84,7 +88,8 @@ class Decoder:
                 made_of.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         for table in (self.cosines, self.sines):  # some ways to stretch a context change them with its length
             made_of.update(table[:64].cpu().float().numpy().tobytes())
-        made_of.update(f"{self.cache_dtype} {self.device.type}".encode())
+        windows = [layer.window for layer in self.layers]
+        made_of.update(f"{self.cache_dtype} {self.device.type} {self.norm_epsilon} {windows}".encode())
         return made_of.hex()
 
     @property
