@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import timeit
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -251,3 +252,19 @@ def test_rules_work_on_half_a_probability_each() -> None:
     assert (_spread(Sampler(Sampling(temperature=1.0, top_p=0.5001), []), logits) > 0).tolist() == [True, True, False]
     assert (_spread(Sampler(Sampling(temperature=1.0, top_p=0.4999), []), logits) > 0).tolist() == [True, False, False]
     assert (_spread(Sampler(Sampling(temperature=1.0, min_p=0.5), []), logits) > 0).tolist() == [True, True, False]
+
+
+def test_a_long_prompt_costs_little_more_a_token_than_a_short_one() -> None:
+    """Tokens of the prompt are counted out once, not for every token of the answer."""
+    logits = torch.zeros(100_000)
+
+    def quickest(length: int) -> float:
+        sampler = Sampler(Sampling(repetition_penalty=1.1), range(length))
+        return min(timeit.repeat(lambda: sampler.choose(logits), number=1, repeat=20))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # or it would measure who else is busy here
+    try:
+        assert quickest(60_000) < 10 * quickest(10)
+    finally:
+        torch.set_num_threads(threads)

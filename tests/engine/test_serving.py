@@ -10,9 +10,9 @@ import pytest
 import torch
 from watched import PATIENCE, Gate, watched_engine
 
-from loadstone import ContextLengthError, GenerationError, ModelManager, QueueFullError
+from loadstone import ContextLengthError, GenerationError, ModelManager, QueueFullError, ResourceError
 from loadstone.config import EngineConfig, Sampling
-from loadstone.engine import Engine, Stream
+from loadstone.engine import Engine, Stream, batcher
 from loadstone.loaded import LoadedModel
 
 SYSTEM = "You are a careful analyst of energy markets. " * 8
@@ -152,6 +152,52 @@ def test_a_batch_larger_than_the_queue_waits_for_room(model: LoadedModel) -> Non
     with watched_engine(model, EngineConfig(queue=2), context=64, streams=2) as (engine, _):
         results = engine.generate_batch(["one"] * 12, Sampling(max_new_tokens=2), raw=True)
     assert [result.usage.completion_tokens for result in results] == [2] * 12
+
+
+def test_who_fits_begins_when_one_that_did_not_is_cancelled(model: LoadedModel) -> None:
+    """A small request behind a large one for which there is no room does not wait for the one under way."""
+    with watched_engine(model, context=128) as (engine, watched):
+        gate = Gate(watched)
+        watched.say(model.tokenizer.encode(" and", add_special_tokens=False)[0])
+        first, large, small = (
+            engine.stream(text, Sampling(max_new_tokens=count), raw=True)
+            for text, count in (("one", 60), ("two", 100), ("three", 4))
+        )
+        gate.let(3)
+        large.cancel()
+        gate.open()
+        assert [_rest(stream) for stream in (first, small)] == [60, 4]
+        assert max(len(one) for one in watched.passes) == 2
+
+
+def test_a_request_that_cannot_be_begun_fails_alone(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out while it is admitted reaches who asked; its places come back, and the next is answered."""
+    with watched_engine(model, EngineConfig()) as (engine, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher, "Drafter", _out_of_memory)
+            with pytest.raises(ResourceError):
+                engine.generate("Hi", SHORT)
+        assert engine.generate("Hi", SHORT).text
+        assert _held(engine) == 0
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks while the system has no thread left gets the error, and nobody waits for ever later."""
+    with watched_engine(model) as (engine, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", _no_thread)
+            with pytest.raises(RuntimeError, match="new thread"):
+                engine.stream("Hi", SHORT)
+        assert engine.generate("Hi", SHORT).text
+        assert _held(engine) == 0
+
+
+def _out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
+def _no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_ten_thousand_requests_at_once(model: LoadedModel) -> None:

@@ -104,6 +104,20 @@ def test_a_cost_between_two_that_are_known_lies_between_them() -> None:
     assert costs.of(5) < costs.of(8)
 
 
+def test_a_step_that_was_disturbed_once_does_not_end_all_guessing() -> None:
+    """Other work held the first step with guesses up for a second; some time later guesses are tried again, and pay."""
+    costs, drafter = Costs(), _drafter(*[1, 2, 3, 4] * 3, right=30)
+    costs.note(1, 0.01)
+    costs.note(MOST + 1, 1.0)
+    guessed = 0
+    for _ in range(400):
+        guess = drafter.guess(MOST, costs, 1)
+        costs.note(1 + len(guess), 0.01 + 0.001 * len(guess))
+        drafter.learn(len(guess), len(guess))
+        guessed += len(guess) > 0
+    assert guessed > 200
+
+
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 QUOTE = "The quick brown fox jumps over the lazy dog, and the slow grey tortoise looks up at the old stone wall."
@@ -141,6 +155,21 @@ def test_quoting_takes_fewer_steps(model: LoadedModel) -> None:
         result = engine.generate("one two three four five six seven", Sampling(max_new_tokens=56), raw=True)
         assert result.usage.accepted_tokens > 28
         assert len(watched.passes) < 28
+
+
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=8), Sampling(stop=("four five",))])
+def test_guesses_of_the_last_step_count_too(
+    model: LoadedModel, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text is the tokens that steps chose by themselves, and the guesses that were right."""
+    monkeypatch.setattr(Costs, "note", lambda *_: None)  # the same guesses, however busy this machine is
+    words = " one two three four five six seven"
+    with watched_engine(model, EngineConfig(prefix_reuse=False)) as (engine, watched):
+        watched.say(*model.tokenizer.encode(words, add_special_tokens=False))
+        result = engine.generate(words * 8, sampling, raw=True)
+    ends_with_a_guess = sampling.stop != ()  # else with what comes after it
+    assert result.usage.accepted_tokens > 1
+    assert result.usage.completion_tokens == len(watched.passes) - ends_with_a_guess + result.usage.accepted_tokens
 
 
 def test_company_does_not_change_what_is_guessed_into_what_is_said(model: LoadedModel) -> None:

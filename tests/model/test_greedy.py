@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 import transformers
@@ -72,6 +73,20 @@ def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
             # transformers chooses the same at every place of the whole text, so its own answer is this one.
             assert tokens == pair.wanted([*prompt, *tokens[:-1]])[-STEPS:].argmax(-1).tolist()
         assert batcher.prefixes.free_blocks == batcher.cache.blocks
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33, 94])
+def test_a_prompt_that_is_known_is_answered_alike_wherever_its_blocks_end(
+    length: int, pair_of: Callable[[str], Pair]
+) -> None:
+    """All but its last token is known, also in a context that is not a whole number of blocks."""
+    pair, prompt = pair_of("llama"), tiny.prompt(length, seed=6)
+    with serving(pair.ours, context=95, streams=2, chunk=32) as batcher:
+        first, second = (answers(batcher, [prompt], STEPS)[0].result for _ in range(2))
+    assert second.usage.cached_tokens == length - 1
+    assert first.tokens == second.tokens
+    assert len(first.tokens) == min(STEPS, 95 - length)
+    assert [*first.tokens] == pair.wanted([*prompt, *first.tokens[:-1]])[length - 1 :].argmax(-1).tolist()
 
 
 def test_eight_thousand_tokens_are_read_as_transformers_reads_them(tmp_path: Path) -> None:

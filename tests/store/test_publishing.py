@@ -58,6 +58,15 @@ def test_a_first_load_answers_before_it_is_kept(folder: Path, store: Store, gate
     assert decoder.entry == store.entries()[0]
 
 
+def test_a_decoder_is_the_same_before_it_is_kept_and_after(folder: Path, store: Store, gate: threading.Event) -> None:
+    """What it answered after a first load can be used after a later one."""
+    decoder = started(folder, store)
+    threading.Timer(0.2, gate.set).start()
+    before = decoder.identity()
+    decoder.settle()
+    assert before == decoder.identity() == started(folder, store).identity()
+
+
 def test_writing_tells_how_far_it_is(
     folder: Path, store: Store, gate: threading.Event, events: list[Event]
 ) -> None:  # fmt: skip

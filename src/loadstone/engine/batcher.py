@@ -114,7 +114,7 @@ class Batcher:
         self.cache = decoder.new_cache(cache_tokens)
         self.prefixes = Prefixes(self.cache, is_on=wish.prefix_reuse)
         self._costs = Costs()
-        self._is_full = False  # nothing more can be admitted before somebody leaves
+        self._is_full = False  # who waits longest cannot be admitted before somebody leaves
         self._new_text, self._spell = new_text, spell
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
@@ -143,10 +143,11 @@ class Batcher:
                     f"{len(self._waiting)} requests wait already, and no more may (engine.queue).",
                     hint="Ask again later, allow a longer queue, or more `streams` at once.",
                 )
-            self._waiting.append(answer)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="loadstone-engine", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="loadstone-engine", daemon=True)
+                thread.start()  # which fails where the system has no more
+                self._thread = thread
+            self._waiting.append(answer)
             self._changed.notify_all()
 
     @property
@@ -257,11 +258,11 @@ class Batcher:
         if answer.places is None:
             self._is_full = True
             return
+        self._running.append(self._waiting.popleft())
         answer.read = answer.known = answer.places.known
         answer.started_at = time.perf_counter()
         if self.wish.speculation:
             answer.drafter = Drafter(answer.request.prompt)
-        self._running.append(self._waiting.popleft())
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -303,6 +304,7 @@ class Batcher:
         started = time.perf_counter()
         logits = self.decoder.forward(ids, segments, self.cache)
         if is_decoding:
+            logits[-1, -1].item()  # a GPU has only begun
             self._costs.note(len(ids), time.perf_counter() - started)
         for answer, rows in zip(turn, torch.split(logits, [one.wanted for one in segments]), strict=True):
             if not answer.is_reading:
@@ -324,16 +326,15 @@ class Batcher:
             assert answer.places is not None
             self.prefixes.share(answer.places, answer.request.prompt)
         drafts, answer.drafts = answer.drafts, []
-        right = 0
+        answer.drafted += len(drafts)
+        before = answer.accepted
         for row, draft in zip(logits, [*drafts, None], strict=True):
             token = self._choose(answer, row)
+            answer.accepted += token == draft
             if self._add(answer, token) or token != draft:
                 break
-            right += 1
-        answer.drafted += len(drafts)
-        answer.accepted += right
         if answer.drafter is not None and drafts:
-            answer.drafter.learn(len(drafts), right)
+            answer.drafter.learn(len(drafts), answer.accepted - before)
 
     def _choose(self, answer: Answer, logits: torch.Tensor) -> int:
         token = answer.sampler.choose(logits)
@@ -391,7 +392,7 @@ class Batcher:
             else:
                 self._running.remove(answer)
                 self.prefixes.end(answer.places, [] if is_spoilt else answer.cached)
-                self._is_full = False
+            self._is_full = False  # there are more places, or another one waits longest
 
 
 def _usage(answer: Answer) -> Usage:

@@ -20,12 +20,14 @@ from loadstone.quantization.kernels.words import KV_BLOCK
 from .prefixes import Prefixes
 
 FORMAT = "loadstone-prefixes-1"
+PARTS = ("tokens", "parents", "keys", "values")
 NOTHING = -1  # in place of a token, or of a parent
+WRITE_ANEW = "Write it anew with save_prefix_cache."
 
 
 def write_prefixes(file: Path, prefixes: Prefixes, cache: KVCache, identity: str) -> int:
     """Write what is remembered; return how many tokens that are. The file is there whole, or as it was before."""
-    nodes = sorted(prefixes.nodes(), key=lambda node: (-node.used, node.depth))
+    nodes = sorted(prefixes.nodes(), key=lambda node: -node.used)  # parents are used as late, and stay before
     numbers = {id(node): number for number, node in enumerate(nodes)}
     tokens = torch.full((len(nodes), KV_BLOCK), NOTHING, dtype=torch.int64)
     for number, node in enumerate(nodes):
@@ -57,24 +59,29 @@ def read_prefixes(file: Path, prefixes: Prefixes, cache: KVCache, identity: str)
         with safe_open(file, "pt") as opened:
             about = opened.metadata() or {}
             if about.get("format") != FORMAT:
-                raise _refused(file, "it has another format", "Write it anew with save_prefix_cache.")
+                raise _refused(file, "it has another format", WRITE_ANEW)
             if about.get("decoder") != identity:
                 raise _refused(file, "it is of another model, quantization or device", "Each model needs its own file.")
-            shape = _blocks_of(cache.keys).shape
-            slices = {name: opened.get_slice(name) for name in ("keys", "values")}
-            tokens, parents = opened.get_tensor("tokens"), opened.get_tensor("parents")
-            _check(file, shape, tokens, parents, [tuple(one.get_shape()) for one in slices.values()])
-            count = min(len(tokens), cache.free_blocks)
-            read = {name: one[:, :, :count] for name, one in slices.items()}
+            parts = [opened.get_slice(name) for name in PARTS]
+            shapes = [tuple(part.get_shape()) for part in parts]
+            count = max(shapes[1], default=0)  # of what should have one dimension
+            _check(file, shapes == _shapes(cache, count))
+            count = min(count, cache.free_blocks)
+            tokens, parents = (part[:count] for part in parts[:2])
+            keys, values = (part[:, :, :count] for part in parts[2:])
     except (SafetensorError, KeyError) as error:
-        raise _refused(file, f"it cannot be read ({error})", "Write it anew with save_prefix_cache.") from error
-    said = [tuple(token for token in row if token != NOTHING) for row in tokens[:count].tolist()]
-    blocks = prefixes.adopt(said, parents[:count].tolist())
-    kept = [number for number, block in enumerate(blocks) if block is not None]
-    places = torch.tensor([block for block in blocks if block is not None], dtype=torch.int64)
-    for name, target in (("keys", cache.keys), ("values", cache.values)):
-        _blocks_of(target)[:, :, places.to(target.device)] = read[name][:, :, kept].to(target.device, target.dtype)
-    return sum(len(said[number]) for number in kept)
+        raise _refused(file, f"it cannot be read ({error})", WRITE_ANEW) from error
+    types = [one.dtype for one in (tokens, parents, keys, values)]
+    _check(file, types == [torch.int64, torch.int64, cache.keys.dtype, cache.values.dtype])
+    _check(file, bool(((parents >= NOTHING) & (parents < torch.arange(count))).all()))
+    said = [tuple(token for token in row if token != NOTHING) for row in tokens.tolist()]
+    read = 0
+    for number, block in enumerate(prefixes.adopt(said, parents.tolist())):
+        if block is not None:
+            _blocks_of(cache.keys)[:, :, block] = keys[:, :, number]
+            _blocks_of(cache.values)[:, :, block] = values[:, :, number]
+            read += len(said[number])
+    return read
 
 
 def _blocks_of(kept: torch.Tensor) -> torch.Tensor:
@@ -82,21 +89,16 @@ def _blocks_of(kept: torch.Tensor) -> torch.Tensor:
     return kept.view(*kept.shape[:2], -1, KV_BLOCK, kept.shape[3])
 
 
-def _check(
-    file: Path, shape: torch.Size, tokens: torch.Tensor, parents: torch.Tensor, shapes: list[tuple[int, ...]]
-) -> None:
-    """Refuse a file whose parts do not fit one another, or this cache."""
-    count = len(parents)
-    wanted = (*shape[:2], count, *shape[3:])
-    earlier = parents < torch.arange(count)
-    is_sound = (
-        tokens.shape == (count, KV_BLOCK)
-        and tokens.dtype == parents.dtype == torch.int64
-        and all(one == wanted for one in shapes)
-        and bool((earlier & (parents >= NOTHING)).all())
-    )
+def _shapes(cache: KVCache, count: int) -> list[tuple[int, ...]]:
+    """Return the shapes that the PARTS of `count` blocks have."""
+    layers, heads, _, *block = _blocks_of(cache.keys).shape
+    kept = (layers, heads, count, *block)
+    return [(count, KV_BLOCK), (count,), kept, kept]
+
+
+def _check(file: Path, is_sound: bool) -> None:
     if not is_sound:
-        raise _refused(file, "its parts do not fit one another", "Write it anew with save_prefix_cache.")
+        raise _refused(file, "its parts do not fit one another, or this cache", WRITE_ANEW)
 
 
 def _refused(file: Path, reason: str, hint: str) -> GenerationError:

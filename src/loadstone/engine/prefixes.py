@@ -28,15 +28,7 @@ class Node:
     parent: Node | None
     children: dict[Tokens, Node] = field(default_factory=dict)
     holders: int = 0  # sequences under way that begin with it; they hold its parents too
-    used: int = 0  # when a sequence last held it, counted in sequences
-
-    @property
-    def depth(self) -> int:
-        """How many blocks it is away from the root."""
-        count, node = 0, self.parent
-        while node is not None:
-            count, node = count + 1, node.parent
-        return count
+    used: int = 0  # when a sequence last held it, counted in sequences; its parent was not used before
 
 
 @dataclass(eq=False)
@@ -143,6 +135,7 @@ class Prefixes:
                 if node is None:
                     block = self._cache.take(1)[0]
                     node = self._grow(parent, tokens, block)
+                node.used = self._clock
             nodes.append(node)
             blocks.append(block)
         return blocks

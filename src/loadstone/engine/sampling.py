@@ -22,6 +22,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
         self._prompt = set(prompt)
+        self._in_prompt = torch.tensor([*self._prompt], dtype=torch.int64)
         self._answer: dict[int, int] = {}
         self._generator = torch.Generator()
         self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
@@ -73,8 +74,9 @@ class Sampler:
 
     def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
         rules = self.sampling
-        if rules.repetition_penalty != 1.0 and (seen := self._prompt | self._answer.keys()):
-            places = torch.tensor(sorted(seen), device=logits.device)
+        if rules.repetition_penalty != 1.0:
+            more = torch.tensor([token for token in self._answer if token not in self._prompt], dtype=torch.int64)
+            places = torch.cat((self._in_prompt, more)).to(logits.device)
             found = logits[places]
             factor = rules.repetition_penalty
             logits = logits.index_copy(0, places, torch.where(found > 0, found / factor, found * factor))

@@ -15,6 +15,7 @@ COUNTS = (1, 2, 3, 5, 7, 11, MOST)
 PRIOR = 0.5  # the share of guesses that are taken for right before anything is known
 WEIGHT = 0.2  # of the newest observation, in running means
 RETURN = 0.01  # how far the share goes back to PRIOR with each guess that is not tried, so that it is tried again
+KEPT = 128  # steps for which a measurement counts: other work may have disturbed it, and texts get longer and shorter
 COST_A_ROW = 0.1  # of a step's time, for each more token in it, before it is measured
 
 
@@ -68,15 +69,21 @@ class Drafter:
 
 
 class Costs:
-    """How long a step of so many tokens takes, in seconds, as far as it was measured."""
+    """How long a step of so many tokens takes, in seconds, as far as it was measured lately."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}  # what was measured longest ago comes first
+        self._noted: dict[int, int] = {}  # at which step
+        self._steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
         """Take note of a step."""
-        before = self._seconds.get(rows)
-        self._seconds[rows] = seconds if before is None else before + WEIGHT * (seconds - before)
+        before = self._seconds.pop(rows, seconds)
+        self._seconds[rows] = before + WEIGHT * (seconds - before)
+        self._noted[rows] = self._steps = self._steps + 1
+        oldest = next(iter(self._seconds))
+        if self._steps - self._noted[oldest] > KEPT:
+            del self._seconds[oldest]
 
     def of(self, rows: int) -> float:
         """Return the seconds of a step, from the nearest that were measured; relative ones where none was."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loadstone.quantization.kernels.cpu import Tokens
+from loadstone.quantization.kernels.cpu import Tokens, room_for_scores
 from loadstone.quantization.kernels.words import KV_BLOCK
 
 from .attention import attend
@@ -61,7 +61,7 @@ class Batch:
         self.tokens = None
         if few:
             rows, tables, positions = zip(*few, strict=True)
-            self.tokens = Tokens(rows, max(positions) + 1)
+            self.tokens = Tokens(rows, room_for_scores(max(positions) + 1))
             self.tokens.place(tables, positions)
 
     def attend(self, qkv: torch.Tensor, layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

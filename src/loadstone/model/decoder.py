@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -50,7 +51,7 @@ class Decoder:
     def __post_init__(self) -> None:
         kernels = cpu_kernels() if self.device.type == "cpu" and self.dtype == torch.float32 else None
         self.attention = kernels.attention(self.head_size, self.cache_dtype) if kernels is not None else None
-        self.steps = Steps(self)
+        self.steps: WeakKeyDictionary[KVCache, Steps] = WeakKeyDictionary()
 
     def new_cache(self, tokens: int) -> KVCache:
         """Return an empty KV cache for `tokens` tokens in all."""
@@ -72,7 +73,11 @@ class Decoder:
             self.publishing.finish()
 
     def identity(self) -> str:
-        """Return what keys and values depend on, digested: the same for the same weights, kept the same way."""
+        """Return what keys and values depend on, digested: the same for the same weights, kept the same way.
+
+        Waits until the weights are in the store, since they are told by their entry there.
+        """
+        self.settle()
         made_of = Digest()
         if self.entry is not None:
             made_of.update(self.entry.manifest.key.encode())
@@ -83,7 +88,8 @@ class Decoder:
                 made_of.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         for table in (self.cosines, self.sines):  # some ways to stretch a context change them with its length
             made_of.update(table[:64].cpu().float().numpy().tobytes())
-        made_of.update(f"{self.cache_dtype} {self.device.type}".encode())
+        windows = [layer.window for layer in self.layers]
+        made_of.update(f"{self.cache_dtype} {self.device.type} {self.norm_epsilon} {windows}".encode())
         return made_of.hex()
 
     @property
@@ -136,7 +142,7 @@ class Decoder:
         """
         self._check(segments, cache)
         x = self.embedding.lookup(torch.tensor(ids, device=self.device))
-        if (step := self.steps.of(segments, len(ids), cache)) is not None:
+        if (step := self.steps.setdefault(cache, Steps()).of(self, cache, segments, len(ids))) is not None:
             x = step(x, segments)
         else:
             batch = Batch(segments, self)

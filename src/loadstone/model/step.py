@@ -5,13 +5,12 @@ Between products that take a tenth of a millisecond each, what Python does to st
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from loadstone.quantization.kernels.cpu import AttentionKernel, Call, Tokens, Work, cpu_kernels
+from loadstone.quantization.kernels.cpu import AttentionKernel, Call, Tokens, Work, cpu_kernels, room_for_scores
 
 from .batch import FEW_TOKENS, Segment
 from .cache import KVCache
@@ -34,6 +33,7 @@ class Buffers:
         self.query_key_value = torch.empty(count, query_key_value.rows)
         self.seen = torch.empty(count, output.columns)
         self.gate_up = torch.empty(count, gate_up.rows)
+        self.scores = room_for_scores(len(decoder.cosines))
         self.work = Work(count, max(product.weight.columns for product in first.products))
 
 
@@ -45,7 +45,7 @@ class Step:
     ) -> None:
         kernels = cpu_kernels()
         assert kernels is not None  # or there were no attention
-        self.tokens = Tokens(range(count), len(decoder.cosines))
+        self.tokens = Tokens(range(count), buffers.scores)
         self.states: torch.Tensor = buffers.states[:count]
         self._run = kernels.replay([*self._calls(decoder, attention, cache, buffers)])
 
@@ -74,21 +74,21 @@ class Step:
 
 
 class Steps:
-    """The steps of one decoder by their number of tokens, made when first needed."""
+    """The steps of one decoder on one cache by their number of tokens, made when first needed.
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = weakref.ref(decoder)
-        self._cache: weakref.ref[KVCache] | None = None
+    They hold the memory of both, so they are not to outlive either.
+    """
+
+    def __init__(self) -> None:
         self._buffers: Buffers | None = None
         self._made: dict[int, Step | None] = {}
 
-    def of(self, segments: Sequence[Segment], count: int, cache: KVCache) -> Step | None:
+    def of(self, decoder: Decoder, cache: KVCache, segments: Sequence[Segment], count: int) -> Step | None:
         """Return the step for these segments of `count` tokens in all; None where kernels do not do all of it."""
-        decoder = self._decoder()
-        if decoder is None or decoder.attention is None or any(one.length > FEW_TOKENS for one in segments):
+        if decoder.attention is None or any(one.length > FEW_TOKENS for one in segments):
             return None
-        if self._cache is None or self._cache() is not cache or not self._fits(count):
-            self._cache, self._made = weakref.ref(cache), {}
+        if self._buffers is not None and self._buffers.threads != torch.get_num_threads():
+            self._buffers, self._made = None, {}
         if count not in self._made:
             self._made[count] = self._make(decoder, decoder.attention, cache, count)
         return self._made[count]
@@ -96,10 +96,7 @@ class Steps:
     def _make(self, decoder: Decoder, attention: AttentionKernel, cache: KVCache, count: int) -> Step | None:
         if not all(product.takes(count) for layer in decoder.layers for product in layer.products):
             return None
-        if self._buffers is None or not self._fits(count):
+        if self._buffers is None or self._buffers.count < count:
             self._buffers = Buffers(decoder, max(SMALLEST, 1 << (count - 1).bit_length()))
+            self._made = {}  # those made before hold the smaller ones
         return Step(decoder, attention, cache, self._buffers, count)
-
-    def _fits(self, count: int) -> bool:
-        buffers = self._buffers
-        return buffers is None or (buffers.count >= count and buffers.threads == torch.get_num_threads())

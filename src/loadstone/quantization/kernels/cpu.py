@@ -206,14 +206,14 @@ class AttentionKernel:
 class Tokens:
     """Which rows of a product are single new tokens, which blocks their sequences hold, and at which position they are.
 
-    `longest` is one more than the largest position there may be.
+    `scratch` is what `room_for_scores` gave; one call at a time uses it.
     """
 
-    def __init__(self, rows: Sequence[int], longest: int) -> None:
+    def __init__(self, rows: Sequence[int], scratch: torch.Tensor) -> None:
         count = len(rows)
         self._words = (ctypes.c_int64 * (3 * count))(*rows)
         self._tables: Sequence[torch.Tensor] = ()
-        self.scratch = torch.empty(torch.get_num_threads(), longest + 16)
+        self.scratch = scratch
 
     def __len__(self) -> int:
         return len(self._words) // 3
@@ -228,6 +228,11 @@ class Tokens:
         """Where the three lists are in memory."""
         first, step = ctypes.addressof(self._words), 8 * len(self)
         return first, first + step, first + 2 * step
+
+
+def room_for_scores(longest: int) -> torch.Tensor:
+    """Return scratch space for attention of tokens that see at most `longest`, themselves included."""
+    return torch.empty(torch.get_num_threads(), longest + 16)
 
 
 def cpu_kernels() -> CpuKernels | None:
