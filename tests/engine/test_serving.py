@@ -130,6 +130,23 @@ def test_a_damaged_file_is_refused(model: LoadedModel, tmp_path: Path, damage: s
         assert not [*engine._batcher.prefixes.nodes()]
 
 
+def test_short_prompts_are_read_together(model: LoadedModel) -> None:
+    """As many as a chunk takes, when none of them begins as another does."""
+    prompts = ["coal", "What is oil?", "the sun", "1 2 3"]
+    with watched_engine(model, REUSE, streams=4) as (engine, watched):
+        gate = Gate(watched)
+        streams = [engine.stream("first", SHORT, raw=True)]
+        gate.arrive()  # the others wait until the first pass is over
+        streams += [engine.stream(prompt, SHORT, raw=True) for prompt in prompts[:3]]
+        gate.open()
+        together = [_rest(stream) for stream in streams]
+        assert sum(segment.start == 0 for segment, _ in watched.passes[1]) == 3
+    with watched_engine(model, PLAIN) as (engine, _):
+        assert together == [
+            engine.generate(one, SHORT, raw=True).usage.completion_tokens for one in ["first", *prompts[:3]]
+        ]
+
+
 # -- queue ------------------------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ def test_more_is_guessed_the_more_often_it_was_right() -> None:
 def test_nothing_is_guessed_where_tokens_cost_as_much_together_as_alone() -> None:
     """Ten tokens in one step that takes ten times as long win nothing."""
     costs = Costs()
-    for rows in range(1, MOST + 2):
+    for rows in [*range(1, MOST + 2)] * 2:  # the first time does not count
         costs.note(rows, 0.01 * rows)
     assert _drafter(1, 2, 3, 4, 1, 2, 3, right=3).guess(MOST, costs, 1) == []
 
@@ -98,8 +98,8 @@ def test_what_was_always_wrong_is_left_and_tried_again_now_and_then() -> None:
 
 def test_a_cost_between_two_that_are_known_lies_between_them() -> None:
     costs = Costs()
-    costs.note(1, 1.0)
-    costs.note(5, 3.0)
+    for rows, seconds in ((1, 9.0), (5, 9.0), (1, 1.0), (5, 3.0)):  # the first time does not count
+        costs.note(rows, seconds)
     assert costs.of(3) == 2.0
     assert costs.of(5) < costs.of(8)
 

@@ -28,10 +28,11 @@ from loadstone.errors import (
 )
 from loadstone.memory import forget_frames
 from loadstone.model import Decoder, Segment
+from loadstone.quantization.kernels.words import KV_BLOCK
 
 from .logprobs import TokenLogprob, logprob_of
 from .prefix_file import read_prefixes, write_prefixes
-from .prefixes import Places, Prefixes
+from .prefixes import Places, Prefixes, common
 from .request import Chunk, GenerationResult, Request, Timing, Usage
 from .sampling import Sampler
 from .speculation import MOST, Costs, Drafter
@@ -70,6 +71,11 @@ class Answer:
     @property
     def is_reading(self) -> bool:
         return self.read < len(self.request.prompt)
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of the prompt are still to be read."""
+        return len(self.request.prompt) - self.read
 
     @property
     def is_cancelled(self) -> bool:
@@ -243,26 +249,30 @@ class Batcher:
                 self._changed.notify_all()
 
     def _admit(self) -> None:
-        """Start the request that waits longest, when no prompt is being read and the cache has room for all of it.
+        """Start waiting requests in their order, as long as the cache has room and there is a chunk to be read."""
+        while self._waiting and not self._is_full and len(self._running) < MOST_TOGETHER:
+            answer = self._waiting[0]
+            if answer.is_cancelled or not self._may_read(answer.request.prompt):
+                return
+            answer.places = self.prefixes.begin(answer.request.prompt, answer.room)
+            if answer.places is None:
+                self._is_full = True
+                return
+            self._running.append(self._waiting.popleft())
+            answer.read = answer.known = answer.places.known
+            answer.started_at = time.perf_counter()
+            if self.wish.speculation:
+                answer.drafter = Drafter(answer.request.prompt)
 
-        Only one prompt is read at a time, so the next one begins when it can share what this one said.
-        """
-        if self._is_full or not self._waiting or len(self._running) >= MOST_TOGETHER:
-            return
-        if any(answer.is_reading for answer in self._running):
-            return
-        answer = self._waiting[0]
-        if answer.is_cancelled:
-            return
-        answer.places = self.prefixes.begin(answer.request.prompt, answer.room)
-        if answer.places is None:
-            self._is_full = True
-            return
-        self._running.append(self._waiting.popleft())
-        answer.read = answer.known = answer.places.known
-        answer.started_at = time.perf_counter()
-        if self.wish.speculation:
-            answer.drafter = Drafter(answer.request.prompt)
+    def _may_read(self, prompt: Sequence[int]) -> bool:
+        """Tell whether a prompt may be read now: it would be soon, and none that is being read says the same first."""
+        reading = [answer for answer in self._running if answer.is_reading]
+        if sum(answer.unread for answer in reading) >= self.chunk:
+            return False
+        if not reading or not self.wish.prefix_reuse:
+            return True
+        known = self.prefixes.known(prompt)
+        return all(common(prompt, answer.request.prompt) < known + KV_BLOCK for answer in reading)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -285,8 +295,14 @@ class Batcher:
                     answer.request.line.put(error)
 
     def _turn(self) -> list[Answer]:
-        """Return who is in the next step: all that are answering, and the one that reads its prompt."""
-        return sorted(self._running, key=lambda answer: answer.is_reading)
+        """Return who is in the next step: all that are answering, and those who read, as far as a chunk goes."""
+        turn = [answer for answer in self._running if not answer.is_reading]
+        left = self.chunk
+        for answer in self._running:
+            if answer.is_reading and left > 0:
+                turn.append(answer)
+                left -= answer.unread
+        return turn
 
     def _step(self, turn: list[Answer]) -> None:
         if not turn:
@@ -296,9 +312,12 @@ class Batcher:
             self._draft(turn)
         ids: list[int] = []
         segments: list[Segment] = []
+        left = self.chunk
         for answer in turn:
             assert answer.places is not None  # it runs
-            new, start, wanted = answer.turn(self.chunk)
+            is_reading = answer.is_reading
+            new, start, wanted = answer.turn(left)
+            left -= len(new) * is_reading
             ids.extend(new)
             segments.append(Segment(answer.places.table, start, len(new), wanted))
         started = time.perf_counter()

@@ -66,6 +66,10 @@ class Prefixes:
             yield node
             left.extend(node.children.values())
 
+    def known(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens of a prompt are in blocks that it could share."""
+        return len(self._path(prompt)) * KV_BLOCK
+
     def begin(self, prompt: Sequence[int], room: int) -> Places | None:
         """Return places for at most `room` tokens that begin with `prompt`, or None when there are too few now.
 
@@ -73,7 +77,7 @@ class Prefixes:
         """
         path = self._path(prompt)
         done = len(path) * KV_BLOCK
-        source, common = self._likest(path[-1] if path else self._root, prompt[done : len(prompt) - 1])
+        source, shared = self._likest(path[-1] if path else self._root, prompt[done : len(prompt) - 1])
         for node in path:
             node.holders += 1
         needed = blocks_for(room) - len(path)
@@ -83,8 +87,8 @@ class Prefixes:
             return None
         blocks = self._cache.take(needed)
         if source is not None and source.block >= 0:
-            self._cache.copy(source.block, blocks[0], common)
-            done += common
+            self._cache.copy(source.block, blocks[0], shared)
+            done += shared
         table = table_of([node.block for node in path] + blocks)
         return Places(table, done, path, dict(enumerate(blocks, start=len(path))))
 
@@ -160,8 +164,8 @@ class Prefixes:
         """Return the child that begins most as `wanted` does, and how many tokens that are."""
         best, most = None, 0
         for said, node in parent.children.items():
-            if (common := _common(said, wanted)) > most:
-                best, most = node, common
+            if (count := common(said, wanted)) > most:
+                best, most = node, count
         return best, most
 
     def _grow(self, parent: Node, said: Tokens, block: int) -> Node:
@@ -200,7 +204,7 @@ class Prefixes:
                 heapq.heappush(leaves, (parent.used, id(parent), parent))
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
+def common(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many tokens two texts begin with in common."""
     count = 0
     for one, other in zip(first, second, strict=False):

@@ -16,7 +16,7 @@ PRIOR = 0.5  # the share of guesses that are taken for right before anything is 
 WEIGHT = 0.2  # of the newest observation, in running means
 RETURN = 0.01  # how far the share goes back to PRIOR with each guess that is not tried, so that it is tried again
 KEPT = 128  # steps for which a measurement counts: other work may have disturbed it, and texts get longer and shorter
-COST_A_ROW = 0.1  # of a step's time, for each more token in it, before it is measured
+COST_A_ROW = 0.15  # of a step's time, for each more token in it, before it is measured
 
 
 class Drafter:
@@ -74,10 +74,14 @@ class Costs:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}  # what was measured longest ago comes first
         self._noted: dict[int, int] = {}  # at which step
+        self._begun: set[int] = set()
         self._steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
         """Take note of a step."""
+        if rows not in self._begun:  # the first step of its size makes what the others use again
+            self._begun.add(rows)
+            return
         before = self._seconds.pop(rows, seconds)
         self._seconds[rows] = before + WEIGHT * (seconds - before)
         self._noted[rows] = self._steps = self._steps + 1
