@@ -360,7 +360,8 @@ def test_one_spoilt_answer_does_not_spoil_the_others(model: LoadedModel, alone: 
         def spoil(segments: Any, logits: torch.Tensor) -> torch.Tensor:
             logits = logits.clone()
             for row, segment in enumerate(segments):
-                if segment.table is not watched.passes[0][0][0].table and segment.start > 32:  # its third token or so
+                is_second = segment.block_table is not watched.passes[0][0][0].block_table
+                if is_second and segment.start > 32:  # its third token or so
                     logits[row, 5] = torch.nan
             return logits
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loadstone import GenerationError
+from loadstone.engine.prefix_cache import PrefixCache
 from loadstone.engine.prefix_file import FORMAT, read_prefixes, write_prefixes
-from loadstone.engine.prefixes import Prefixes
 from loadstone.model import KVCache
 from loadstone.quantization.kernels.words import KV_BLOCK
 
@@ -23,7 +23,7 @@ class Memory:
 
     def __init__(self, *texts: list[int], blocks: int = 8) -> None:
         self.cache = KVCache(1, 1, blocks * KV_BLOCK, 1, torch.device("cpu"), torch.float32)
-        self.prefixes = Prefixes(self.cache)
+        self.prefixes = PrefixCache(self.cache)
         for text in texts:
             self.say(text)
 
@@ -32,10 +32,10 @@ class Memory:
         places = self.prefixes.begin(text, len(text))
         assert places is not None
         keys = self.cache.keys.view(-1, KV_BLOCK)
-        assert keys[places.table].flatten().tolist()[: places.known] == text[: places.known]
+        assert keys[places.block_table].flatten().tolist()[: places.known] == text[: places.known]
         for start in range(0, len(text), KV_BLOCK):
             block = torch.tensor(text[start : start + KV_BLOCK])
-            keys[int(places.table[start // KV_BLOCK]), : len(block)] = block.float()
+            keys[int(places.block_table[start // KV_BLOCK]), : len(block)] = block.float()
         self.prefixes.end(places, text)
         return places.known
 

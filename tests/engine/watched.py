@@ -47,7 +47,7 @@ class Watched:
         def after(segments: Sequence[Segment], logits: torch.Tensor) -> torch.Tensor:
             spoken, rows = torch.zeros_like(logits), iter(range(len(logits)))
             for segment in segments:
-                prompt = next(one for turn in self.passes for one, _ in turn if one.table is segment.table)
+                prompt = next(one for turn in self.passes for one, _ in turn if one.block_table is segment.block_table)
                 end = segment.start + segment.length - prompt.start - prompt.length
                 for place in range(end - segment.wanted + 1, end + 1):
                     spoken[next(rows), tokens[min(place, len(tokens) - 1)]] = 1.0

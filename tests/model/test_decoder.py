@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import tiny
 
-from loadstone.model import Segment, table_of
+from loadstone.model import Segment, block_table_of
 
 LATER = {"rope_type": "default", "rope_theta": 20000.0}
-TABLE = table_of([2, 0])  # 32 places
+TABLE = block_table_of([2, 0])  # 32 places
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_positions_beyond_the_context_are_refused(llama_folder: Path) -> None:
     decoder, _, plan = tiny.load(llama_folder)
     cache = decoder.new_cache(2 * plan.context)
     with pytest.raises(ValueError, match="context"):
-        decoder.forward([1], [Segment(table_of(cache.take(cache.blocks)), plan.context, 1)], cache)
+        decoder.forward([1], [Segment(block_table_of(cache.take(cache.blocks)), plan.context, 1)], cache)
 
 
 @pytest.mark.parametrize("change", [{"rms_norm_eps": 1e-3}, {"sliding_window": 20}, {"rope_parameters": LATER}])

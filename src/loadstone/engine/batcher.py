@@ -31,8 +31,8 @@ from loadstone.model import Decoder, Segment
 from loadstone.quantization.kernels.words import KV_BLOCK
 
 from .logprobs import TokenLogprob, logprob_of
+from .prefix_cache import Places, PrefixCache, common
 from .prefix_file import read_prefixes, write_prefixes
-from .prefixes import Places, Prefixes, common
 from .request import Chunk, GenerationResult, Request, Timing, Usage
 from .sampling import Sampler
 from .speculation import MOST, Costs, Drafter
@@ -118,7 +118,7 @@ class Batcher:
         self.vocabulary = decoder.embedding.rows
         self.wish = wish
         self.cache = decoder.new_cache(cache_tokens)
-        self.prefixes = Prefixes(self.cache, is_on=wish.prefix_reuse)
+        self.prefixes = PrefixCache(self.cache, is_on=wish.prefix_reuse)
         self._costs = Costs()
         self._is_full = False  # who waits longest cannot be admitted before somebody leaves
         self._new_text, self._spell = new_text, spell
@@ -179,7 +179,7 @@ class Batcher:
             tokens = self.cache.tokens
             del self.cache, self.prefixes
             self.cache = self.decoder.new_cache(tokens)
-            self.prefixes = Prefixes(self.cache, is_on=self.wish.prefix_reuse)
+            self.prefixes = PrefixCache(self.cache, is_on=self.wish.prefix_reuse)
             return True
 
     def save_prefixes(self, file: Path) -> int:
@@ -190,7 +190,7 @@ class Batcher:
     def load_prefixes(self, file: Path) -> int:
         """Remember what a file says, when no request is under way any more; return its tokens."""
         if not self.wish.prefix_reuse:
-            raise GenerationError("Prefixes are not reused (engine.prefix_reuse).", hint="Set it to true.")
+            raise GenerationError("PrefixCache are not reused (engine.prefix_reuse).", hint="Set it to true.")
         with self._idle():
             return read_prefixes(file, self.prefixes, self.cache, self.decoder.identity())
 
@@ -319,7 +319,7 @@ class Batcher:
             new, start, wanted = answer.turn(left)
             left -= len(new) * is_reading
             ids.extend(new)
-            segments.append(Segment(answer.places.table, start, len(new), wanted))
+            segments.append(Segment(answer.places.block_table, start, len(new), wanted))
         started = time.perf_counter()
         logits = self.decoder.forward(ids, segments, self.cache)
         if is_decoding:

@@ -17,7 +17,7 @@ from loadstone.errors import GenerationError
 from loadstone.model import KVCache
 from loadstone.quantization.kernels.words import KV_BLOCK
 
-from .prefixes import Prefixes
+from .prefix_cache import PrefixCache
 
 FORMAT = "loadstone-prefixes-1"
 PARTS = ("tokens", "parents", "keys", "values")
@@ -25,7 +25,7 @@ NOTHING = -1  # in place of a token, or of a parent
 WRITE_ANEW = "Write it anew with save_prefix_cache."
 
 
-def write_prefixes(file: Path, prefixes: Prefixes, cache: KVCache, identity: str) -> int:
+def write_prefixes(file: Path, prefixes: PrefixCache, cache: KVCache, identity: str) -> int:
     """Write what is remembered; return how many tokens that are. The file is there whole, or as it was before."""
     nodes = sorted(prefixes.nodes(), key=lambda node: -node.used)  # parents are used as late, and stay before
     numbers = {id(node): number for number, node in enumerate(nodes)}
@@ -50,7 +50,7 @@ def write_prefixes(file: Path, prefixes: Prefixes, cache: KVCache, identity: str
     return sum(len(node.tokens) for node in nodes)
 
 
-def read_prefixes(file: Path, prefixes: Prefixes, cache: KVCache, identity: str) -> int:
+def read_prefixes(file: Path, prefixes: PrefixCache, cache: KVCache, identity: str) -> int:
     """Remember what a file says, as much as there is room for; return how many tokens that are.
 
     Raises GenerationError where it is of another model, or no such file at all.

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 LENGTHS = (3, 2)  # of what is looked up, the longest first
 MOST = 15  # tokens guessed at once: with the one before them a step of 16
 COUNTS = (1, 2, 3, 5, 7, 11, MOST)
-PRIOR = 0.5  # the share of guesses that are taken for right before anything is known
+PRIOR = 0.5  # the acceptance rate before anything is known
 WEIGHT = 0.2  # of the newest observation, in running means
-RETURN = 0.01  # how far the share goes back to PRIOR with each guess that is not tried, so that it is tried again
+RETURN = 0.01  # how far the rate goes back to PRIOR with each guess that is not tried, so that it is tried again
 KEPT = 128  # steps for which a measurement counts: other work may have disturbed it, and texts get longer and shorter
 COST_A_ROW = 0.15  # of a step's time, for each more token in it, before it is measured
 
@@ -25,7 +25,7 @@ class Drafter:
     def __init__(self, prompt: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._after: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in LENGTHS)
-        self._share = PRIOR
+        self._acceptance = PRIOR
         for token in prompt:
             self.push(token)
 
@@ -46,11 +46,11 @@ class Drafter:
         for drafts in COUNTS:
             if drafts > most:
                 break
-            expected = rows + sum(self._share**j for j in range(1, drafts + 1))
+            expected = rows + sum(self._acceptance**j for j in range(1, drafts + 1))
             if (speed := expected / costs.of(rows + drafts)) > best:
                 best, count = speed, drafts
         if count == 0:
-            self._share += RETURN * (PRIOR - self._share)
+            self._acceptance += RETURN * (PRIOR - self._acceptance)
         period = len(self._tokens) - start  # where the text is at its end, it began to repeat itself
         return [self._tokens[start + j % period] for j in range(count)]
 
@@ -58,7 +58,7 @@ class Drafter:
         """Take note of how many of the tokens guessed were right."""
         tried = min(drafted, accepted + 1)  # what comes after a wrong one says nothing
         for number in range(tried):
-            self._share += WEIGHT * ((number < accepted) - self._share)
+            self._acceptance += WEIGHT * ((number < accepted) - self._acceptance)
 
     def _found(self) -> int | None:
         """Return the place of what followed the latest tokens before, looking for the longest first."""

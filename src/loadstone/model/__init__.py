@@ -2,7 +2,7 @@
 
 from .batch import Segment
 from .build import build, can_be_kept, keep
-from .cache import KVCache, blocks_for, table_of
+from .cache import KVCache, block_table_of, blocks_for
 from .decoder import Decoder
 
-__all__ = ["Decoder", "KVCache", "Segment", "blocks_for", "build", "can_be_kept", "keep", "table_of"]
+__all__ = ["Decoder", "KVCache", "Segment", "block_table_of", "blocks_for", "build", "can_be_kept", "keep"]

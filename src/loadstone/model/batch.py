@@ -28,10 +28,10 @@ FEW_TOKENS = 16  # of a sequence: up to here looking back token by token is quic
 class Segment:
     """`length` new tokens of a sequence, the first at position `start`; logits are wanted after the last `wanted`.
 
-    `table` names the blocks of the cache that the sequence holds, int64 and on the CPU: see `table_of`.
+    `block_table` names the blocks of the cache that the sequence holds, int64 and on the CPU: see `block_table_of`.
     """
 
-    table: torch.Tensor
+    block_table: torch.Tensor
     start: int
     length: int
     wanted: int = 1
@@ -55,7 +55,7 @@ class Batch:
         few: list[tuple[int, torch.Tensor, int]] = []
         for one, end in ended(segments):
             if decoder.attention is not None and one.length <= FEW_TOKENS:
-                few += [(end - one.length + j, one.table, one.start + j) for j in range(one.length)]
+                few += [(end - one.length + j, one.block_table, one.start + j) for j in range(one.length)]
             else:
                 self.chunks.append(_Chunk(one, end, decoder))
         self.tokens = None
@@ -89,7 +89,7 @@ class _Chunk:
         self.decoder = decoder
         self.rows = slice(end - segment.length, end)
         self.stop = segment.start + segment.length
-        blocks = segment.table[: -(-self.stop // KV_BLOCK)]
+        blocks = segment.block_table[: -(-self.stop // KV_BLOCK)]
         positions = torch.arange(segment.start, self.stop)
         places = blocks[positions // KV_BLOCK] * KV_BLOCK + positions % KV_BLOCK
         self.blocks, self.places = blocks.to(decoder.device), places.to(decoder.device)

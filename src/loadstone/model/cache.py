@@ -67,8 +67,8 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
 
 
-def table_of(blocks: Sequence[int]) -> torch.Tensor:
-    """Return a sequence's table as the decoder reads it: int64, on the CPU."""
+def block_table_of(blocks: Sequence[int]) -> torch.Tensor:
+    """Return a sequence's block table as the decoder reads it: int64, on the CPU."""
     return torch.tensor(blocks, dtype=torch.int64)
 
 

@@ -19,7 +19,7 @@ from loadstone.quantization.linear import Linear
 from loadstone.store import Attached, Entry
 
 from .batch import Batch, Segment, ended
-from .cache import KVCache, table_of
+from .cache import KVCache, block_table_of
 from .layer import Layer
 from .publishing import Publishing
 from .step import Steps
@@ -127,8 +127,9 @@ class Decoder:
         """Refuse what would write beyond the cache: kernels do not look."""
         for one in segments:
             stop = one.start + one.length
-            if min(one.start, one.length - 1) < 0 or stop > len(one.table) * KV_BLOCK:
-                raise ValueError(f"{one} is outside its sequence, which holds {len(one.table)} blocks of {KV_BLOCK}")
+            places = len(one.block_table) * KV_BLOCK
+            if min(one.start, one.length - 1) < 0 or stop > places:
+                raise ValueError(f"{one} is outside its sequence, which holds {places} places")
             if not 1 <= one.wanted <= one.length:
                 raise ValueError(f"{one} has no {one.wanted} tokens to return logits of")
             if stop > len(self.cosines):
@@ -156,7 +157,7 @@ class Decoder:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits after each token of a text that is read by itself: T × vocabulary, float32."""
         cache = self.new_cache(len(ids))
-        table = table_of(cache.take(cache.blocks))
+        table = block_table_of(cache.take(cache.blocks))
         return self.forward(ids, [Segment(table, 0, len(ids), wanted=len(ids))], cache)
 
     def _layer(

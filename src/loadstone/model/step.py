@@ -66,7 +66,7 @@ class Step:
 
     def __call__(self, x: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """Return what the layers make of x (count × hidden); it is overwritten by the next step."""
-        tables = [one.table for one in segments for _ in range(one.length)]
+        tables = [one.block_table for one in segments for _ in range(one.length)]
         self.tokens.place(tables, [one.start + j for one in segments for j in range(one.length)])
         self.states.copy_(x)
         self._run()

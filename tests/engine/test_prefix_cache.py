@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadstone.engine.prefixes import Places, Prefixes
+from loadstone.engine.prefix_cache import Places, PrefixCache
 from loadstone.model import KVCache
 from loadstone.quantization.kernels.words import KV_BLOCK
 
@@ -26,12 +26,12 @@ class Text:
     @property
     def said(self) -> list[int]:
         """What the cache says at this sequence's places."""
-        rows = self.cache.keys[0, 0, :, 0].view(-1, KV_BLOCK)[self.places.table].flatten()
+        rows = self.cache.keys[0, 0, :, 0].view(-1, KV_BLOCK)[self.places.block_table].flatten()
         return [int(value) for value in rows[: len(self.tokens)]]
 
     def write(self, start: int, stop: int) -> None:
         for position in range(start, min(stop, len(self.tokens))):
-            place = int(self.places.table[position // KV_BLOCK]) * KV_BLOCK + position % KV_BLOCK
+            place = int(self.places.block_table[position // KV_BLOCK]) * KV_BLOCK + position % KV_BLOCK
             self.cache.keys[0, 0, place, 0] = self.tokens[position]
 
 
@@ -39,12 +39,12 @@ def _cache() -> KVCache:
     return KVCache(1, 1, BLOCKS * KV_BLOCK, 1, torch.device("cpu"), torch.float32)
 
 
-def _begin(prefixes: Prefixes, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> Text | None:
+def _begin(prefixes: PrefixCache, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> Text | None:
     places = prefixes.begin(prompt, len(prompt) + len(more))
     return None if places is None else Text(cache, places, prompt, more)
 
 
-def _say(prefixes: Prefixes, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> int:
+def _say(prefixes: PrefixCache, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> int:
     """Read and answer a prompt from beginning to end; return how many of its tokens were known."""
     text = _begin(prefixes, cache, prompt, more)
     assert text is not None
@@ -61,7 +61,7 @@ def _numbers(count: int, first: int = 1) -> list[int]:
 def test_what_was_read_is_known_but_for_the_last_token() -> None:
     """Asked again, a prompt has one token left to read: what follows it is not remembered."""
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     assert _say(prefixes, cache, _numbers(40)) == 0
     assert _say(prefixes, cache, _numbers(40)) == 39
 
@@ -69,7 +69,7 @@ def test_what_was_read_is_known_but_for_the_last_token() -> None:
 def test_the_next_turn_knows_the_answer_too() -> None:
     """A conversation goes on where the answer ended, to the token."""
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     _say(prefixes, cache, _numbers(20), _numbers(9, 100))
     assert _say(prefixes, cache, [*_numbers(20), *_numbers(9, 100), 7, 8]) == 29
 
@@ -77,7 +77,7 @@ def test_the_next_turn_knows_the_answer_too() -> None:
 def test_texts_part_in_the_middle_of_a_block() -> None:
     """What two prompts have in common counts token by token, and neither spoils the other."""
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     _say(prefixes, cache, _numbers(30))
     assert _say(prefixes, cache, [*_numbers(21), 200, 201]) == 21
     assert _say(prefixes, cache, _numbers(30)) == 29
@@ -86,7 +86,7 @@ def test_texts_part_in_the_middle_of_a_block() -> None:
 def test_two_under_way_share_blocks() -> None:
     """As soon as a prompt is read, another one that begins alike holds the same blocks."""
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     first = _begin(prefixes, cache, _numbers(40))
     assert first is not None
     first.write(0, 40)
@@ -94,14 +94,14 @@ def test_two_under_way_share_blocks() -> None:
     second = _begin(prefixes, cache, [*_numbers(40), 5, 6])
     assert second is not None
     assert second.places.known == 32  # the third block is not whole, and still the first one's own
-    assert torch.equal(second.places.table[:2], first.places.table[:2])
+    assert torch.equal(second.places.block_table[:2], first.places.block_table[:2])
     assert prefixes.free_blocks == BLOCKS - 4
 
 
 def test_the_longest_unused_goes_first() -> None:
     """When there is no more room, what was used last stays."""
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     for first in (100, 200, 300):
         _say(prefixes, cache, _numbers(33, first))  # three blocks, of which one has one token
     assert _say(prefixes, cache, _numbers(33, 200)) == 32
@@ -112,7 +112,7 @@ def test_the_longest_unused_goes_first() -> None:
 def test_nothing_is_remembered_when_it_is_off() -> None:
     """Every block is free again after each text."""
     cache = _cache()
-    prefixes = Prefixes(cache, is_on=False)
+    prefixes = PrefixCache(cache, is_on=False)
     for _ in range(2):
         assert _say(prefixes, cache, _numbers(40)) == 0
         assert cache.free_blocks == BLOCKS
@@ -120,7 +120,7 @@ def test_nothing_is_remembered_when_it_is_off() -> None:
 
 def test_clearing_gives_every_block_back() -> None:
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     _say(prefixes, cache, _numbers(100))
     assert cache.free_blocks < BLOCKS
     prefixes.clear()
@@ -151,7 +151,7 @@ def test_whatever_comes_and_goes_every_text_reads_what_it_wrote(moves: list[Move
     """However texts begin, are read, ended and forgotten: what is known is right, nobody overwrites another, and each
     block is free, remembered or held."""
     cache = _cache()
-    prefixes = Prefixes(cache)
+    prefixes = PrefixCache(cache)
     running: list[tuple[Text, int]] = []
     for move in moves:
         if move.prompt:
@@ -171,7 +171,7 @@ def test_whatever_comes_and_goes_every_text_reads_what_it_wrote(moves: list[Move
                 running.append((text, len(text.tokens)))
         for one, done in running:
             assert one.said[:done] == one.tokens[:done]
-        held = {int(block) for one, _ in running for block in one.places.table}
+        held = {int(block) for one, _ in running for block in one.places.block_table}
         assert prefixes.free_blocks == BLOCKS - len(held)
     for text, done in running:
         prefixes.end(text.places, text.tokens[:done])

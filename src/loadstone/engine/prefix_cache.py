@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loadstone.model import KVCache, blocks_for, table_of
+from loadstone.model import KVCache, block_table_of, blocks_for
 from loadstone.quantization.kernels.words import KV_BLOCK
 
 Tokens = tuple[int, ...]
@@ -27,7 +27,7 @@ class Node:
     block: int
     parent: Node | None
     children: dict[Tokens, Node] = field(default_factory=dict)
-    holders: int = 0  # sequences under way that begin with it; they hold its parents too
+    references: int = 0  # sequences under way that begin with it; they hold its parents too
     used: int = 0  # when a sequence last held it, counted in sequences; its parent was not used before
 
 
@@ -35,16 +35,16 @@ class Node:
 class Places:
     """What a sequence under way holds of the cache.
 
-    `table` is its blocks in order, as the decoder reads them; `known` tokens at its beginning need not be read.
+    `block_table` is its blocks in order, as the decoder reads them; `known` tokens at its beginning need not be read.
     """
 
-    table: torch.Tensor
+    block_table: torch.Tensor
     known: int
     path: list[Node]  # the tree's nodes that it begins with
     own: dict[int, int]  # blocks that nobody else holds, by their place in the table
 
 
-class Prefixes:
+class PrefixCache:
     """Gives sequences their places in one cache, and remembers what they leave there when `is_on`."""
 
     def __init__(self, cache: KVCache, *, is_on: bool = True) -> None:
@@ -56,7 +56,7 @@ class Prefixes:
     @property
     def free_blocks(self) -> int:
         """How many blocks no sequence under way holds."""
-        return self._cache.free_blocks + sum(node.holders == 0 for node in self.nodes())
+        return self._cache.free_blocks + sum(node.references == 0 for node in self.nodes())
 
     def nodes(self) -> Iterator[Node]:
         """Go through all blocks that are remembered, parents before children."""
@@ -79,17 +79,17 @@ class Prefixes:
         done = len(path) * KV_BLOCK
         source, shared = self._likest(path[-1] if path else self._root, prompt[done : len(prompt) - 1])
         for node in path:
-            node.holders += 1
+            node.references += 1
         needed = blocks_for(room) - len(path)
         if not self._make_room(needed, keep=source):
             for node in path:
-                node.holders -= 1
+                node.references -= 1
             return None
         blocks = self._cache.take(needed)
         if source is not None and source.block >= 0:
             self._cache.copy(source.block, blocks[0], shared)
             done += shared
-        table = table_of([node.block for node in path] + blocks)
+        table = block_table_of([node.block for node in path] + blocks)
         return Places(table, done, path, dict(enumerate(blocks, start=len(path))))
 
     def share(self, places: Places, tokens: Sequence[int]) -> None:
@@ -104,9 +104,9 @@ class Prefixes:
             if node is None:
                 node = self._grow(parent, said, block)
             else:  # another sequence has said the same meanwhile
-                places.table[index] = node.block
+                places.block_table[index] = node.block
                 self._cache.give_back([block])
-            node.holders += 1
+            node.references += 1
             places.path.append(node)
 
     def end(self, places: Places, tokens: Sequence[int]) -> None:
@@ -118,7 +118,7 @@ class Prefixes:
         if self._is_on and said and all(one[: len(said)] != said for one in parent.children):
             self._grow(parent, said, places.own.pop(index))
         for node in places.path:
-            node.holders -= 1
+            node.references -= 1
             node.used = self._clock
         self._clock += 1
         self._cache.give_back([*places.own.values()])
@@ -177,20 +177,20 @@ class Prefixes:
         missing = count - self._cache.free_blocks
         if missing <= 0:
             return True
-        free = sum(node.holders == 0 for node in self.nodes())
+        free = sum(node.references == 0 for node in self.nodes())
         if free < missing:
             return False
-        if keep is not None and keep.holders == 0 and free > missing:
-            keep.holders += 1
+        if keep is not None and keep.references == 0 and free > missing:
+            keep.references += 1
             self._forget(missing)
-            keep.holders -= 1
+            keep.references -= 1
         else:
             self._forget(missing)
         return True
 
     def _forget(self, count: int) -> None:
         """Forget up to `count` blocks that no sequence under way holds, longest unused and outermost first."""
-        leaves = [(node.used, id(node), node) for node in self.nodes() if not node.children and node.holders == 0]
+        leaves = [(node.used, id(node), node) for node in self.nodes() if not node.children and node.references == 0]
         heapq.heapify(leaves)
         while leaves and count > 0:
             _, _, node = heapq.heappop(leaves)
@@ -200,7 +200,7 @@ class Prefixes:
             self._cache.give_back([node.block])
             node.block = -1
             count -= 1
-            if parent is not self._root and not parent.children and parent.holders == 0:
+            if parent is not self._root and not parent.children and parent.references == 0:
                 heapq.heappush(leaves, (parent.used, id(parent), parent))
 
 
