@@ -228,7 +228,7 @@ def test_ten_thousand_requests_at_once(model: LoadedModel) -> None:
                 accepted.append(engine.stream("one", Sampling(max_new_tokens=1), raw=True))
             except QueueFullError:
                 refused += 1
-        assert 100 <= len(accepted) <= 101
+        assert 100 <= len(accepted) <= 100 + engine._batcher.cache.blocks  # those that wait, and those that have room
         assert refused + len(accepted) == 10_000
         gate.open()
         assert [_rest(stream) for stream in accepted] == [1] * len(accepted)
