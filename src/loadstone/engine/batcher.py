@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -30,10 +29,11 @@ from loadstone.memory import forget_frames
 from loadstone.model import Decoder, Segment
 from loadstone.quantization.kernels.words import KV_BLOCK
 
-from .logprobs import TokenLogprob, logprob_of
-from .prefix_cache import Places, PrefixCache, common
+from .answer import Answer
+from .logprobs import logprob_of
+from .prefix_cache import PrefixCache, common
 from .prefix_file import read_prefixes, write_prefixes
-from .request import Chunk, GenerationResult, Request, Timing, Usage
+from .request import Chunk, Request
 from .sampling import Sampler
 from .speculation import MOST, Costs, Drafter
 from .stop import StopStrings
@@ -41,64 +41,6 @@ from .text import TextStream
 
 MOST_TOGETHER = 64  # sequences in one step; more would make every one of them slow
 LARGEST_STEP = 64  # tokens in one step of decoding, those that are only guessed included
-
-
-@dataclass(eq=False)
-class Answer:
-    """One answer, waiting or under way: its places in the cache, and what it has come to.
-
-    It may take `room` places, which it has as soon as it is under way.
-    """
-
-    request: Request
-    sampler: Sampler
-    text: TextStream
-    stop: StopStrings
-    room: int
-    places: Places | None = None
-    drafter: Drafter | None = None
-    started_at: float = 0.0
-    read: int = 0  # tokens of the prompt that are in the cache
-    known: int = 0  # of these, those that were there before
-    drafts: list[int] = field(default_factory=list)  # what is guessed to come after the last token
-    drafted: int = 0
-    accepted: int = 0
-    tokens: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    first_token_at: float = 0.0
-
-    @property
-    def is_reading(self) -> bool:
-        return self.read < len(self.request.prompt)
-
-    @property
-    def unread(self) -> int:
-        """How many tokens of the prompt are still to be read."""
-        return len(self.request.prompt) - self.read
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self.request.cancelled.is_set()
-
-    @property
-    def length(self) -> int:
-        """How many tokens prompt and answer have."""
-        return len(self.request.prompt) + len(self.tokens)
-
-    @property
-    def cached(self) -> list[int]:
-        """The tokens whose keys and values are in the cache: all but the last that was chosen."""
-        return [*self.request.prompt[: self.read], *self.tokens[:-1]]
-
-    def turn(self, chunk: int) -> tuple[Sequence[int], int, int]:
-        """Return the tokens that come next, at most `chunk` of a prompt; the first one's position; logits wanted."""
-        if self.is_reading:
-            start = self.read
-            new = self.request.prompt[start : start + chunk]
-            self.read += len(new)
-            return new, start, 1
-        return [self.tokens[-1], *self.drafts], self.length - 1, 1 + len(self.drafts)
 
 
 class Batcher:
@@ -393,15 +335,7 @@ class Batcher:
         if answer.stop.hit:
             reason = "stop"
         self._leave(answer)
-        result = GenerationResult(
-            "".join(answer.pieces),
-            reason,
-            _usage(answer),
-            _timing(answer),
-            tokens=tuple(answer.tokens),
-            logprobs=tuple(answer.logprobs),
-        )
-        answer.request.line.put(Chunk("", result))
+        answer.request.line.put(Chunk("", answer.result(reason)))
 
     def _leave(self, answer: Answer, *, is_spoilt: bool = False) -> None:
         """Take an answer out and its places back; what it has in the cache is not to be used when `is_spoilt`."""
@@ -412,14 +346,3 @@ class Batcher:
                 self._running.remove(answer)
                 self.prefixes.end(answer.places, [] if is_spoilt else answer.cached)
             self._is_full = False  # there are more places, or another one waits longest
-
-
-def _usage(answer: Answer) -> Usage:
-    return Usage(len(answer.request.prompt), len(answer.tokens), answer.known, answer.drafted, answer.accepted)
-
-
-def _timing(answer: Answer) -> Timing:
-    now, asked = time.perf_counter(), answer.request.asked_at
-    first = answer.first_token_at or now
-    speed = (len(answer.tokens) - 1) / (now - first) if len(answer.tokens) > 1 and now > first else 0.0
-    return Timing((answer.started_at or now) - asked, first - asked, now - asked, speed)

@@ -1,0 +1,89 @@
+"""One answer, waiting or under way: what it may take, what it has come to, and which tokens come next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .logprobs import TokenLogprob
+from .prefix_cache import Places
+from .request import GenerationResult, Request, Timing, Usage
+from .sampling import Sampler
+from .speculation import Drafter
+from .stop import StopStrings
+from .text import TextStream
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer, waiting or under way: its places in the cache, and what it has come to.
+
+    It may take `room` places, which it has as soon as it is under way.
+    """
+
+    request: Request
+    sampler: Sampler
+    text: TextStream
+    stop: StopStrings
+    room: int
+    places: Places | None = None
+    drafter: Drafter | None = None
+    started_at: float = 0.0
+    read: int = 0  # tokens of the prompt that are in the cache
+    known: int = 0  # of these, those that were there before
+    drafts: list[int] = field(default_factory=list)  # what is guessed to come after the last token
+    drafted: int = 0
+    accepted: int = 0
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    first_token_at: float = 0.0
+
+    @property
+    def is_reading(self) -> bool:
+        return self.read < len(self.request.prompt)
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of the prompt are still to be read."""
+        return len(self.request.prompt) - self.read
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.request.cancelled.is_set()
+
+    @property
+    def length(self) -> int:
+        """How many tokens prompt and answer have."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    @property
+    def cached(self) -> list[int]:
+        """The tokens whose keys and values are in the cache: all but the last that was chosen."""
+        return [*self.request.prompt[: self.read], *self.tokens[:-1]]
+
+    def turn(self, chunk: int) -> tuple[Sequence[int], int, int]:
+        """Return the tokens that come next, at most `chunk` of a prompt; the first one's position; logits wanted."""
+        if self.is_reading:
+            start = self.read
+            new = self.request.prompt[start : start + chunk]
+            self.read += len(new)
+            return new, start, 1
+        return [self.tokens[-1], *self.drafts], self.length - 1, 1 + len(self.drafts)
+
+    def result(self, reason: str) -> GenerationResult:
+        """Return what was asked for, as it is now, ended for this reason."""
+        return GenerationResult(
+            "".join(self.pieces), reason, self._usage(), self._timing(), tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+        )  # fmt: skip
+
+    def _usage(self) -> Usage:
+        return Usage(len(self.request.prompt), len(self.tokens), self.known, self.drafted, self.accepted)
+
+    def _timing(self) -> Timing:
+        now, asked = time.perf_counter(), self.request.asked_at
+        first = self.first_token_at or now
+        speed = (len(self.tokens) - 1) / (now - first) if len(self.tokens) > 1 and now > first else 0.0
+        return Timing((self.started_at or now) - asked, first - asked, now - asked, speed)
