@@ -145,15 +145,19 @@ class LlamaCpp(Side):
         return gguf_file(gguf_folder(self.job), self.job.name, self._quantization)
 
 
-class OpenVino(Side):
-    """OpenVINO GenAI on an int4 export of the checkpoint, run by another interpreter."""
-
-    label = "OpenVINO int4"
-    kind = "openvino"
+class Elsewhere(Side):
+    """A side that is run by the interpreter of another environment."""
 
     def __init__(self, job: Job, python: str | None) -> None:
         super().__init__(job)
         self.python = python
+
+
+class OpenVino(Elsewhere):
+    """OpenVINO GenAI on an int4 export of the checkpoint, run by another interpreter."""
+
+    label = "OpenVINO int4"
+    kind = "openvino"
 
     def prepare(self) -> Mapping[str, float]:
         """Export the checkpoint, unless it was."""
@@ -169,15 +173,11 @@ class OpenVino(Side):
         return None if shape is None else openvino_read_per_token(openvino_folder(self.job), shape)
 
 
-class Vllm(Side):
+class Vllm(Elsewhere):
     """vLLM on the checkpoint in bfloat16, run by another interpreter."""
 
     label = "vLLM bf16"
     kind = "vllm"
-
-    def __init__(self, job: Job, python: str | None) -> None:
-        super().__init__(job)
-        self.python = python
 
     def prepare(self) -> Mapping[str, float]:
         """Import it once."""

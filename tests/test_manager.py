@@ -80,14 +80,6 @@ def manager(small_model: Path) -> Iterator[ModelManager]:
         yield manager
 
 
-@pytest.fixture
-def events() -> Iterator[list[Event]]:
-    seen: list[Event] = []
-    end = subscribe(seen.append)
-    yield seen
-    end()
-
-
 def _names(events: list[Event]) -> list[str]:
     return [event.name for event in events if event.name != "load.progress"]
 

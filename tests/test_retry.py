@@ -12,7 +12,7 @@ import pytest
 from loadstone import retry
 from loadstone.errors import ConfigurationError, ResourceError, SourceError, TransientSourceError
 from loadstone.retry import retry_call, retry_on_exception
-from loadstone.telemetry import Event, subscribe
+from loadstone.telemetry import Event
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,6 @@ def _no_waits() -> Iterator[None]:
     retry.set_testing(True)
     yield
     retry.set_testing(False)
-
-
-@pytest.fixture
-def events() -> Iterator[list[Event]]:
-    seen: list[Event] = []
-    stop = subscribe(seen.append)
-    yield seen
-    stop()
 
 
 def failing(times: int, error: Callable[[], BaseException]) -> tuple[Callable[[], str], list[int]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 
 from loadstone.errors import ConfigurationError
 from loadstone.hardware import Device, DeviceManager, get_device_manager, probes, register_probe
-from loadstone.telemetry import Event, subscribe
+from loadstone.telemetry import Event
 
 GB = 10**9
 CPU = Device("cpu", None, "Test CPU", 32 * GB, 28 * GB, cores=8, capabilities=frozenset({"avx2", "fma"}))
@@ -35,14 +34,6 @@ def model(**changes: object) -> SimpleNamespace:
         "parameters": 7_615_616_512,
     }
     return SimpleNamespace(**{**sizes, **changes})
-
-
-@pytest.fixture
-def events() -> Iterator[list[Event]]:
-    seen: list[Event] = []
-    end = subscribe(seen.append)
-    yield seen
-    end()
 
 
 def test_cuda_device_with_most_free_memory_is_chosen() -> None:

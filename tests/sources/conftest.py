@@ -9,15 +9,6 @@ import pytest
 from fake_hub import FILES, TOKEN, FakeHub
 
 from loadstone import retry
-from loadstone.telemetry import Event, subscribe
-
-
-@pytest.fixture
-def events() -> Iterator[list[Event]]:
-    seen: list[Event] = []
-    stop = subscribe(seen.append)
-    yield seen
-    stop()
 
 
 @pytest.fixture(scope="session")

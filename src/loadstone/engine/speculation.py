@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from loadstone.model.batch import FEW_TOKENS
+
 LENGTHS = (3, 2)  # of what is looked up, the longest first
-MOST = 15  # tokens guessed at once: with the one before them a step of 16
+MOST = FEW_TOKENS - 1  # tokens guessed at once: with the one before them they are still few
 COUNTS = (1, 2, 3, 5, 7, 11, MOST)
 PRIOR = 0.5  # the acceptance rate before anything is known
 WEIGHT = 0.2  # of the newest observation, in running means
