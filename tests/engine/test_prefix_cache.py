@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadstone.engine.prefix_cache import Places, PrefixCache
+from loadstone.engine.prefix_cache import Node, Places, PrefixCache
 from loadstone.model import KVCache
 from loadstone.quantization.kernels.words import KV_BLOCK
 
@@ -19,17 +21,20 @@ BLOCKS = 8
 class Text:
     """A sequence in a cache whose keys are its tokens: what the decoder would write there."""
 
-    def __init__(self, cache: KVCache, places: Places, prompt: Sequence[int], more: Sequence[int]) -> None:
-        self.cache, self.places = cache, places
+    def __init__(
+        self, prefixes: PrefixCache, cache: KVCache, places: Places, prompt: Sequence[int], more: Sequence[int]
+    ) -> None:
+        self.prefixes, self.cache, self.places = prefixes, cache, places
         self.prompt, self.tokens = list(prompt), [*prompt, *more]
 
     @property
     def said(self) -> list[int]:
-        """What the cache says at this sequence's places."""
+        """What the cache says at this sequence's places, as far as it has them."""
         rows = self.cache.keys[0, 0, :, 0].view(-1, KV_BLOCK)[self.places.block_table].flatten()
         return [int(value) for value in rows[: len(self.tokens)]]
 
     def write(self, start: int, stop: int) -> None:
+        self.prefixes.reach(self.places, min(stop, len(self.tokens)))
         for position in range(start, min(stop, len(self.tokens))):
             place = int(self.places.block_table[position // KV_BLOCK]) * KV_BLOCK + position % KV_BLOCK
             self.cache.keys[0, 0, place, 0] = self.tokens[position]
@@ -41,7 +46,7 @@ def _cache() -> KVCache:
 
 def _begin(prefixes: PrefixCache, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> Text | None:
     places = prefixes.begin(prompt, len(prompt) + len(more))
-    return None if places is None else Text(cache, places, prompt, more)
+    return None if places is None else Text(prefixes, cache, places, prompt, more)
 
 
 def _say(prefixes: PrefixCache, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> int:
@@ -118,14 +123,62 @@ def test_nothing_is_remembered_when_it_is_off() -> None:
         assert cache.free_blocks == BLOCKS
 
 
-def test_clearing_gives_every_block_back() -> None:
+def test_what_is_promised_is_taken_from_the_others_as_it_is_needed() -> None:
+    """A text that may become long takes nothing from those that are remembered before it is long."""
     cache = _cache()
     prefixes = PrefixCache(cache)
-    _say(prefixes, cache, _numbers(100))
-    assert cache.free_blocks < BLOCKS
-    prefixes.clear()
-    assert cache.free_blocks == BLOCKS
-    assert [*prefixes.nodes()] == []
+    _say(prefixes, cache, _numbers(33, 100))
+    text = _begin(prefixes, cache, _numbers(4), [4] * (BLOCKS * KV_BLOCK - 4))
+    assert text is not None
+    assert prefixes.known(_numbers(33, 100)) == 32
+    for length in (4, 5 * KV_BLOCK, 7 * KV_BLOCK):
+        text.write(0, length)
+    assert prefixes.known(_numbers(33, 100)) == 16
+    text.write(0, BLOCKS * KV_BLOCK)
+    assert prefixes.known(_numbers(33, 100)) == 0
+    with pytest.raises(ValueError, match="promised"):
+        prefixes.reach(text.places, BLOCKS * KV_BLOCK + 1)
+
+
+def test_what_is_promised_to_one_is_not_promised_to_another() -> None:
+    """Even while nobody has it; and who ends early makes room."""
+    cache = _cache()
+    prefixes = PrefixCache(cache)
+    _say(prefixes, cache, _numbers(33, 100))
+    text = _begin(prefixes, cache, _numbers(4), [4] * 6 * KV_BLOCK)
+    assert text is not None
+    assert (prefixes.promised_blocks, prefixes.free_blocks) == (6, BLOCKS - 1)
+    assert _begin(prefixes, cache, [7], [4] * KV_BLOCK) is None
+    assert _begin(prefixes, cache, _numbers(33, 100)) is None  # what it knows would not be there for the first
+    prefixes.end(text.places, text.tokens[:4])
+    assert prefixes.promised_blocks == 0
+    assert _begin(prefixes, cache, _numbers(33, 100)) is not None
+
+
+def test_making_room_costs_no_more_when_more_is_remembered() -> None:
+    """As many calls where a thousand blocks are remembered as where ten are, of texts that begin alike or not."""
+
+    def calls(blocks: int, *beginning: int) -> int:
+        cache = KVCache(1, 1, blocks * KV_BLOCK, 1, torch.device("cpu"), torch.float32)
+        prefixes = PrefixCache(cache)
+        for number in range(10, blocks + 20):
+            prefixes.end(_begun(prefixes, [*beginning, number]), [*beginning, number])
+        assert cache.free_blocks == 0
+        seen: list[str] = []
+        sys.setprofile(lambda frame, event, argument: seen.append(event))
+        places = _begun(prefixes, [*beginning, 5])
+        prefixes.end(places, [*beginning, 5])
+        sys.setprofile(None)
+        return len(seen)
+
+    for beginning in ([], [1], [*range(KV_BLOCK)]):
+        assert calls(10, *beginning) == calls(1000, *beginning)
+
+
+def _begun(prefixes: PrefixCache, prompt: Sequence[int]) -> Places:
+    places = prefixes.begin(prompt, len(prompt))
+    assert places is not None
+    return places
 
 
 @dataclass(frozen=True)
@@ -173,8 +226,26 @@ def test_whatever_comes_and_goes_every_text_reads_what_it_wrote(moves: list[Move
             assert one.said[:done] == one.tokens[:done]
         held = {int(block) for one, _ in running for block in one.places.block_table}
         assert prefixes.free_blocks == BLOCKS - len(held)
+        assert prefixes.promised_blocks == sum(one.places.promised for one, _ in running) <= prefixes.free_blocks
+        _check_order(prefixes)
     for text, done in running:
         prefixes.end(text.places, text.tokens[:done])
     assert prefixes.free_blocks == BLOCKS
-    prefixes.clear()
-    assert cache.free_blocks == BLOCKS
+    text = _begin(prefixes, cache, [9], [9] * (BLOCKS * KV_BLOCK - 1))
+    assert text is not None
+    prefixes.reach(text.places, BLOCKS * KV_BLOCK)
+    assert sorted(text.places.block_table.tolist()) == [*range(BLOCKS)]
+    assert [*prefixes.nodes()] == []
+
+
+def _check_order(prefixes: PrefixCache) -> None:
+    """Parents are used as late as their children, or held; and children are in order, so that they are found."""
+    seen: set[Node | None] = {prefixes._root}
+    for node in prefixes.nodes():
+        assert node.parent is not None
+        assert node.references == 0
+        assert node.parent in seen or node.parent.references > 0
+        assert node in node.parent.children
+        said = [one.tokens for one in node.parent.children]
+        assert said == sorted(set(said))
+        seen.add(node)

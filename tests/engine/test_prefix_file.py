@@ -31,6 +31,7 @@ class Memory:
         """Read a text to its end; return how much of it was known, and that rightly."""
         places = self.prefixes.begin(text, len(text))
         assert places is not None
+        self.prefixes.reach(places, len(text))
         keys = self.cache.keys.view(-1, KV_BLOCK)
         assert keys[places.block_table].flatten().tolist()[: places.known] == text[: places.known]
         for start in range(0, len(text), KV_BLOCK):
@@ -66,6 +67,19 @@ def test_what_is_known_already_is_not_read_twice(tmp_path: Path) -> None:
     assert memory.read(file) == 0
     assert memory.cache.free_blocks == free
     assert memory.say([*LONG, 5]) == len(LONG)
+
+
+def test_what_was_used_last_is_used_last_after_it_was_read(tmp_path: Path) -> None:
+    """The order in which blocks would be forgotten survives, and what was remembered before goes first."""
+    file = tmp_path / "file"
+    memory = Memory([1] * 20, [2] * 20, [3] * 20)
+    memory.say([1] * 20 + [5])
+    memory.write(file)
+    said = [node.tokens for node in memory.prefixes.nodes()]
+    assert [tokens[0] for tokens in said] == [1, 1, 1, 3, 3, 2, 2]
+    other = Memory([9])
+    other.read(file)
+    assert [node.tokens for node in other.prefixes.nodes()] == [*said, (9,)]
 
 
 def test_a_cache_without_free_blocks_reads_nothing(tmp_path: Path) -> None:

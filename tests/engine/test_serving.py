@@ -147,6 +147,20 @@ def test_short_prompts_are_read_together(model: LoadedModel) -> None:
         ]
 
 
+def test_answers_forget_no_more_than_they_say(model: LoadedModel) -> None:
+    """A short answer to which much was allowed leaves what was remembered; a long one takes its room."""
+    with watched_engine(model, REUSE, context=512, streams=1) as (engine, watched):
+        engine.generate(QUESTIONS[0], SHORT, system=SYSTEM)
+        watched.say(model.tokenizer.eos_token_ids[0])
+        engine.generate("Hi", Sampling(max_new_tokens=500), raw=True)
+        again = engine.generate(QUESTIONS[0], SHORT, system=SYSTEM)
+        assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+        watched.say(model.tokenizer.encode(" and", add_special_tokens=False)[0])
+        assert engine.generate("Hi", Sampling(max_new_tokens=500), raw=True).usage.completion_tokens == 500
+        assert engine.generate(QUESTIONS[0], SHORT, system=SYSTEM).usage.cached_tokens == 0
+        assert _held(engine) == 0
+
+
 # -- queue ------------------------------------------------------------------------------------------------------------
 
 

@@ -47,13 +47,18 @@ class Watched:
         def after(segments: Sequence[Segment], logits: torch.Tensor) -> torch.Tensor:
             spoken, rows = torch.zeros_like(logits), iter(range(len(logits)))
             for segment in segments:
-                prompt = next(one for turn in self.passes for one, _ in turn if one.block_table is segment.block_table)
+                prompt = next(one for turn in self.passes for one, _ in turn if is_same(one, segment))
                 end = segment.start + segment.length - prompt.start - prompt.length
                 for place in range(end - segment.wanted + 1, end + 1):
                     spoken[next(rows), tokens[min(place, len(tokens) - 1)]] = 1.0
             return spoken
 
         self.after = after
+
+
+def is_same(one: Segment, other: Segment) -> bool:
+    """Whether two segments are of one sequence, whose block table grows where it is."""
+    return one.block_table.data_ptr() == other.block_table.data_ptr()
 
 
 class Gate:

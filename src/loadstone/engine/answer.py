@@ -19,7 +19,7 @@ from .text import TextStream
 class Answer:
     """One answer, waiting or under way: its places in the cache, and what it has come to.
 
-    It may take `room` places, which it has as soon as it is under way.
+    It may take `room` places, which are promised to it as soon as it is under way.
     """
 
     request: Request

@@ -259,6 +259,7 @@ class Batcher:
             assert answer.places is not None  # it runs
             is_reading = answer.is_reading
             new, start, wanted = answer.turn(left)
+            self.prefixes.reach(answer.places, start + len(new))
             left -= len(new) * is_reading
             ids.extend(new)
             segments.append(Segment(answer.places.block_table, start, len(new), wanted))

@@ -17,7 +17,7 @@ from loadstone.errors import GenerationError
 from loadstone.model import KVCache
 from loadstone.quantization.kernels.words import KV_BLOCK
 
-from .prefix_cache import PrefixCache
+from .prefix_cache import NOWHERE, PrefixCache
 
 FORMAT = "loadstone-prefixes-1"
 PARTS = ("tokens", "parents", "keys", "values")
@@ -27,7 +27,7 @@ WRITE_ANEW = "Write it anew with save_prefix_cache."
 
 def write_prefixes(file: Path, prefixes: PrefixCache, cache: KVCache, identity: str) -> int:
     """Write what is remembered; return how many tokens that are. The file is there whole, or as it was before."""
-    nodes = sorted(prefixes.nodes(), key=lambda node: -node.used)  # parents are used as late, and stay before
+    nodes = [*prefixes.nodes()]
     numbers = {id(node): number for number, node in enumerate(nodes)}
     tokens = torch.full((len(nodes), KV_BLOCK), NOTHING, dtype=torch.int64)
     for number, node in enumerate(nodes):
@@ -77,7 +77,7 @@ def read_prefixes(file: Path, prefixes: PrefixCache, cache: KVCache, identity: s
     said = [tuple(token for token in row if token != NOTHING) for row in tokens.tolist()]
     read = 0
     for number, block in enumerate(prefixes.adopt(said, parents.tolist())):
-        if block is not None:
+        if block != NOWHERE:
             _blocks_of(cache.keys)[:, :, block] = keys[:, :, number]
             _blocks_of(cache.values)[:, :, block] = values[:, :, number]
             read += len(said[number])
