@@ -147,6 +147,17 @@ def test_short_prompts_are_read_together(model: LoadedModel) -> None:
         ]
 
 
+def test_a_prompt_that_comes_to_nothing_is_not_remembered(model: LoadedModel) -> None:
+    """What was read of a prompt whose logits are NaN is as wrong as they are: another one does not begin with it."""
+    with watched_engine(model, REUSE) as (engine, watched):
+        watched.after = lambda segments, logits: torch.full_like(logits, torch.nan)
+        with pytest.raises(GenerationError, match="NaN"):
+            engine.generate(QUESTIONS[0], SHORT, system=SYSTEM)
+        watched.after = lambda segments, logits: logits
+        assert engine.generate(QUESTIONS[0], SHORT, system=SYSTEM).usage.cached_tokens == 0
+        assert _held(engine) == 0
+
+
 def test_answers_forget_no_more_than_they_say(model: LoadedModel) -> None:
     """A short answer to which much was allowed leaves what was remembered; a long one takes its room."""
     with watched_engine(model, REUSE, context=512, streams=1) as (engine, watched):
@@ -159,6 +170,15 @@ def test_answers_forget_no_more_than_they_say(model: LoadedModel) -> None:
         assert engine.generate("Hi", Sampling(max_new_tokens=500), raw=True).usage.completion_tokens == 500
         assert engine.generate(QUESTIONS[0], SHORT, system=SYSTEM).usage.cached_tokens == 0
         assert _held(engine) == 0
+
+
+def test_prefixes_that_are_not_reused_are_not_loaded(model: LoadedModel, tmp_path: Path) -> None:
+    """The error names the setting."""
+    with (
+        watched_engine(model, PLAIN) as (engine, _),
+        pytest.raises(GenerationError, match=r"No prefixes are reused, since engine\.prefix_reuse is false"),
+    ):
+        engine.load_prefixes(tmp_path / "prefixes")
 
 
 # -- queue ------------------------------------------------------------------------------------------------------------

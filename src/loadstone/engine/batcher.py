@@ -132,7 +132,7 @@ class Batcher:
     def load_prefixes(self, file: Path) -> int:
         """Remember what a file says, when no request is under way any more; return its tokens."""
         if not self.wish.prefix_reuse:
-            raise GenerationError("PrefixCache are not reused (engine.prefix_reuse).", hint="Set it to true.")
+            raise GenerationError("No prefixes are reused, since engine.prefix_reuse is false.", hint="Set it to true.")
         with self._idle():
             return read_prefixes(file, self.prefixes, self.cache, self.decoder.identity())
 
@@ -284,14 +284,14 @@ class Batcher:
 
     def _take(self, answer: Answer, logits: torch.Tensor) -> None:
         """Choose the next tokens of an answer, as long as guesses were right, and send what text they complete."""
-        if not answer.tokens:
-            assert answer.places is not None
-            self.prefixes.share(answer.places, answer.request.prompt)
         drafts, answer.drafts = answer.drafts, []
         answer.drafted += len(drafts)
         before = answer.accepted
         for row, draft in zip(logits, [*drafts, None], strict=True):
             token = self._choose(answer, row)
+            if len(answer.tokens) == 1:  # what the prompt came to was sound
+                assert answer.places is not None
+                self.prefixes.share(answer.places, answer.request.prompt)
             answer.accepted += token == draft
             if self._add(answer, token) or token != draft:
                 break
