@@ -18,6 +18,7 @@ from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.config import Sampling
 from loadstone.engine import Engine, GenerationResult, Stream
 from loadstone.loaded import LoadedModel
+from loadstone.model import KVCache
 
 PROMPTS = [
     "What is the capital of France?",
@@ -521,6 +522,31 @@ def test_cache_is_renewed_between_answers_only(model: LoadedModel) -> None:
         assert engine.renew_cache()
         assert before() is None
         assert engine.generate("The capital of France is", SHORT, raw=True).text == text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_a_cache_that_cannot_be_renewed_is_told_and_can_be_tried_again(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Memory that runs out for the fresh cache is told by it and by every request, until there is one again."""
+    with watched_engine(model) as (engine, watched):
+        text = engine.generate("Hi", SHORT).text
+        engine.wait_until_idle()
+
+        def new_cache(tokens: int) -> KVCache:
+            if tokens:
+                raise error
+            return model.decoder.new_cache(tokens)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(watched, "new_cache", new_cache, raising=False)
+            for _ in range(2):
+                with pytest.raises(ResourceError):
+                    engine.renew_cache()
+                with pytest.raises(ResourceError, match="no KV cache"):
+                    engine.generate("Hi", SHORT)
+        assert engine.renew_cache()
+        assert engine.generate("Hi", SHORT).text == text
 
 
 def test_cache_is_not_renewed_before_the_last_answer_left_it(

@@ -73,3 +73,9 @@ def test_cache_holds_what_is_written(dtype: torch.dtype) -> None:
     cache.keys[0, 0, 3] = 1.5
     assert cache.keys.dtype == dtype
     assert cache.keys[0, 0, :4].tolist() == [[0, 0]] * 3 + [[1.5, 1.5]]
+
+
+def test_a_cache_for_nothing_is_empty() -> None:
+    """It takes no memory, and has no block to give."""
+    cache = KVCache(2, 1, 0, 8, torch.device("cpu"), torch.float16)
+    assert (cache.nbytes, cache.tokens, cache.free_blocks) == (0, 0, 0)

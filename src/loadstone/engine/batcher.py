@@ -23,6 +23,7 @@ from loadstone.errors import (
     GenerationError,
     LoadstoneError,
     QueueFullError,
+    ResourceError,
     handle_exceptions,
 )
 from loadstone.memory import forget_frames
@@ -59,8 +60,8 @@ class Batcher:
         self.ends = frozenset(ends)
         self.vocabulary = decoder.embedding.rows
         self.wish = wish
-        self.cache = decoder.new_cache(cache_tokens)
-        self.prefixes = PrefixCache(self.cache, is_on=wish.prefix_reuse)
+        self.cache_tokens = cache_tokens
+        self._new_cache(cache_tokens)
         self._costs = Costs()
         self._is_full = False  # who waits longest cannot be admitted before somebody leaves
         self._new_text, self._spell = new_text, spell
@@ -86,6 +87,11 @@ class Batcher:
                 self._changed.wait_for(lambda: len(self._waiting) < self.wish.queue or self._takes_no_more)
             if self._takes_no_more:
                 raise GenerationError("The model was unloaded.", hint="Load it again before asking.")
+            if not self.cache.tokens:
+                raise ResourceError(
+                    "There is no KV cache: when it was cleared, memory ran out before it was made anew.",
+                    hint="Free some memory and call clear_cache() again, or reload_model().",
+                )
             if len(self._waiting) >= self.wish.queue:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests wait already, and no more may (engine.queue).",
@@ -114,15 +120,21 @@ class Batcher:
             self._changed.wait_for(lambda: not self._waiting and not self._running)
 
     def renew_cache(self) -> bool:
-        """Give the cache's memory back and begin an empty one; return False when requests are under way."""
+        """Give the cache's memory back and begin an empty one; return False when requests are under way.
+
+        Raises ResourceError when there is no memory for it: then no request is served until this succeeds.
+        """
         with self._changed:
             if self._waiting or self._running or self._is_closed:
                 return False
-            tokens = self.cache.tokens
-            del self.cache, self.prefixes
-            self.cache = self.decoder.new_cache(tokens)
-            self.prefixes = PrefixCache(self.cache, is_on=self.wish.prefix_reuse)
+            self._new_cache(0)  # the old one goes first: there may not be memory for both
+            with handle_exceptions("make the KV cache anew", into=GenerationError):
+                self._new_cache(self.cache_tokens)
             return True
+
+    def _new_cache(self, tokens: int) -> None:
+        self.cache = self.decoder.new_cache(tokens)
+        self.prefixes = PrefixCache(self.cache, is_on=self.wish.prefix_reuse)
 
     def save_prefixes(self, file: Path) -> int:
         """Write what the cache remembers to a file, when no request is under way any more; return its tokens."""

@@ -73,7 +73,7 @@ def block_table_of(blocks: Sequence[int]) -> torch.Tensor:
 
 
 def _lazy(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     # numpy asks the system for zero pages and touches none of them.
     raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
