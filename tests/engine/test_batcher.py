@@ -17,6 +17,7 @@ from loadstone import ConfigurationError, GenerationError, ModelManager, Resourc
 from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.config import Sampling
 from loadstone.engine import Engine, GenerationResult, Stream
+from loadstone.engine.answer import Answer
 from loadstone.loaded import LoadedModel
 from loadstone.model import KVCache
 
@@ -299,6 +300,32 @@ def test_cancelling_one_that_waits(model: LoadedModel) -> None:
         gate.open()
         assert _rest(first).usage.completion_tokens == 60
         assert watched.begun == [_tokens(model, "one")]
+
+
+def test_those_that_wait_are_not_looked_at_in_every_step(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps while many wait look at no more of them than steps while few do, unless one is cancelled."""
+    looks: list[Answer] = []
+
+    def is_cancelled(answer: Answer) -> bool:
+        looks.append(answer)
+        return answer.request.is_cancelled
+
+    monkeypatch.setattr(Answer, "is_cancelled", property(is_cancelled))
+    with watched_engine(model, context=64, streams=1) as (engine, watched):
+        gate = Gate(watched)
+        watched.say(_tokens(model, " and")[0])
+        streams = [engine.stream("one", Sampling(max_new_tokens=60), raw=True) for _ in range(50)]
+        gate.let(4)
+        looks.clear()
+        gate.let(8)
+        assert len(looks) <= 8
+        streams[30].cancel()
+        gate.let(2)
+        assert next(streams[30]).finish_reason == "cancelled"
+        for stream in streams:
+            stream.cancel()
+        gate.open()
+        assert _is_empty(engine)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

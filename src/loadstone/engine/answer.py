@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def is_cancelled(self) -> bool:
-        return self.request.cancelled.is_set()
+        return self.request.is_cancelled
 
     @property
     def length(self) -> int:

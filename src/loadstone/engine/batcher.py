@@ -67,6 +67,7 @@ class Batcher:
         self._new_text, self._spell = new_text, spell
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._cancelled: deque[Request] = deque()  # those that nobody has looked at; no lock is held to add one
         self._changed = threading.Condition()
         self._is_draining = False
         self._is_closed = False
@@ -101,6 +102,7 @@ class Batcher:
                 thread = threading.Thread(target=self._run, name="loadstone-engine", daemon=True)
                 thread.start()  # which fails where the system has no more
                 self._thread = thread
+            request.cancellations = self._cancelled
             self._waiting.append(answer)
             self._changed.notify_all()
 
@@ -229,6 +231,9 @@ class Batcher:
         return all(common(prompt, answer.request.prompt) < known + KV_BLOCK for answer in reading)
 
     def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        self._cancelled.clear()  # who is cancelled from here on is looked at in the next step
         with self._changed:
             dropped = [answer for answer in (*self._running, *self._waiting) if answer.is_cancelled]
         for answer in dropped:

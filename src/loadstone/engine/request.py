@@ -7,8 +7,8 @@ tokens' meaning and no model.
 from __future__ import annotations
 
 import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -88,13 +88,22 @@ class Chunk:
 
 @dataclass(eq=False)
 class Request:
-    """What is asked: tokens of the prompt and the rules for the answer; and the line on which chunks go back."""
+    """What is asked: tokens of the prompt and the rules for the answer; and the line on which chunks go back.
+
+    Who cancels it puts it among the `cancellations`, so that who serves it need not look at every request.
+    """
 
     prompt: Sequence[int]
     sampling: Sampling
     asked_at: float = field(default_factory=time.perf_counter)
     line: queue.SimpleQueue[Chunk | BaseException] = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancellations: deque[Request] = field(default_factory=deque)
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Ask for no more. Takes no lock: a stream that nobody holds calls it wherever Python collects garbage."""
+        self.is_cancelled = True
+        self.cancellations.append(self)
 
 
 class Stream(Iterator[Chunk]):
@@ -143,7 +152,8 @@ class Stream(Iterator[Chunk]):
 
     def cancel(self) -> None:
         """Stop the work within one token; the stream then ends with finish_reason "cancelled"."""
-        self._request.cancelled.set()
+        if not self._is_over:
+            self._request.cancel()
 
     def close(self) -> None:
         """Cancel what is left and take no more chunks."""
@@ -159,4 +169,4 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        self._request.cancelled.set()  # a stream that nobody holds is one that nobody reads
+        self.cancel()  # a stream that nobody holds is one that nobody reads
