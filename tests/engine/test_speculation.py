@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +67,32 @@ def test_a_guess_is_what_followed_and_no_longer_than_allowed(
     if guess:
         ends = [place for place in range(2, len(tokens)) if tokens[place - 2 : place] == tokens[-2:]]
         assert any((tokens[place:] * MOST)[: len(guess)] == guess for place in ends)
+
+
+@given(st.lists(st.integers(0, 4), max_size=400), st.lists(st.integers(0, 4), max_size=400))
+def test_the_last_place_that_reads_the_same_is_found(prompt: list[int], answer: list[int]) -> None:
+    """Of three tokens if there is one, else of two, however long the text has become."""
+    drafter = Drafter(prompt)
+    for token in answer:
+        drafter.push(token)
+    text = [*prompt, *answer]
+    places = [
+        max((end for end in range(length, len(text)) if text[end - length : end] == text[-length:]), default=None)
+        for length in (3, 2)
+    ]
+    assert drafter._found() == (places[0] if places[0] is not None else places[1])
+
+
+def test_what_is_remembered_of_a_text_is_small() -> None:
+    """Fewer than 40 bytes a token."""
+    text = [*range(10_000)]
+    tracemalloc.start()
+    drafter = Drafter(text)
+    for token in range(5_000):
+        drafter.push(token)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 15_000 * 40
 
 
 # -- whether it pays --------------------------------------------------------------------------------------------------
