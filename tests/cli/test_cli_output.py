@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from loadstone import Chunk
 from loadstone.cli import logs
 from loadstone.cli.output import clean, prepare_streams, rows, say_error, write
-from loadstone.cli.progress import shown_progress
+from loadstone.cli.progress import chunks_of, shown_progress
 from loadstone.telemetry import emit
 from loadstone.telemetry.log import log_event
 
@@ -140,6 +141,28 @@ def test_a_bar_tells_what_is_kept_and_how_not_to_wait(terminal):
     with shown_progress("Unloading"):
         emit("store.writing", done=1, total=2)
     assert "Storing weights (Ctrl-C skips it)" in screen.getvalue()
+
+
+def _stream():
+    """An answer to a long prompt, beside which another one is read later."""
+    emit("generate.read", tokens=1024, of=4000, seconds=1.0)
+    yield Chunk("Hi")
+    emit("generate.read", tokens=512, of=600, seconds=1.0)
+    yield Chunk("!")
+
+
+def test_how_much_of_a_long_prompt_is_read_is_shown_until_the_first_text(terminal):
+    screen = terminal()
+    for chunk in chunks_of(_stream()):
+        write(chunk.text)
+    said = screen.getvalue()
+    assert "1,024 of 4,000 tokens" in said
+    assert said.endswith("\x1b[2KHi!")
+
+
+def test_how_much_of_a_prompt_is_read_is_no_matter_for_a_file(capsys):
+    assert [chunk.text for chunk in chunks_of(_stream())] == ["Hi", "!"]
+    assert capsys.readouterr().err == ""
 
 
 def test_no_bars_where_there_is_no_terminal(capsys):

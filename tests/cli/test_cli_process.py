@@ -160,6 +160,25 @@ def test_a_chat_at_a_terminal_greets_shows_progress_and_outlives_ctrl_c(start, s
     assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_reading_a_long_prompt_is_shown_at_a_terminal(start, screen, command):
+    """How far it is, and then the answer on a line that was cleared."""
+    view, terminal = screen
+    prompt = "Tell me about coal, oil and gas. " * 160
+    process = start(
+        command, "smollm2", "--max-new-tokens", "4", stdin=subprocess.PIPE, stdout=terminal, stderr=terminal,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    process.stdin.write(f"{prompt}\n".encode())
+    process.stdin.close()
+    process.stdin = None
+    for text in ("Reading the prompt", " of 1,", " tokens", "\x1b[2K"):
+        view.wait_for(text)
+    while process.poll() is None:
+        view.says("the last word", within=0.1)  # else it waits for somebody who reads what it says
+    assert process.returncode == 0
+
+
 def test_only_a_terminal_gets_progress(start, screen):
     """Standard error on a terminal has bars; standard output, a pipe, has the answer alone."""
     view, terminal = screen

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from watched import PATIENCE, Gate, watched_engine
 
-from loadstone import ContextLengthError, GenerationError, ModelManager, QueueFullError, ResourceError
+from loadstone import ContextLengthError, Event, GenerationError, ModelManager, QueueFullError, ResourceError
 from loadstone.config import EngineConfig, Sampling
 from loadstone.engine import Engine, Stream, batcher
 from loadstone.loaded import LoadedModel
@@ -179,6 +180,26 @@ def test_prefixes_that_are_not_reused_are_not_loaded(model: LoadedModel, tmp_pat
         pytest.raises(GenerationError, match=r"No prefixes are reused, since engine\.prefix_reuse is false"),
     ):
         engine.load_prefixes(tmp_path / "prefixes")
+
+
+# -- long prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_how_far_a_long_prompt_is_read_is_told(model: LoadedModel, events: list[Event]) -> None:
+    """After each chunk, with what was known before; of a prompt that is one chunk nothing is told."""
+    small = replace(model.plan.settings, prefill_chunk=32)
+    with watched_engine(model, REUSE, settings=small) as (engine, _):
+        engine.generate("Hi", SHORT, raw=True)
+        assert [event for event in events if event.name == "generate.read"] == []
+        length = engine.generate(QUESTIONS[0], SHORT, system=SYSTEM).usage.prompt_tokens
+        told = [event.fields for event in events if event.name == "generate.read"]
+        assert [one["tokens"] for one in told] == [*range(32, length, 32), length]
+        assert {one["of"] for one in told} == {length}
+        assert sorted(one["seconds"] for one in told) == [one["seconds"] for one in told]
+        events.clear()
+        known = engine.generate("word " * 40, SHORT, system=SYSTEM).usage.cached_tokens
+        told = [event.fields for event in events if event.name == "generate.read"]
+        assert told[0]["tokens"] == known + 32
 
 
 # -- queue ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from rich.console import Console, RenderableType
@@ -31,18 +32,24 @@ class _WhenSized(ProgressColumn):
         return "" if task.total is None else self._column(task)
 
 
-class Bars:
-    """Bars on standard error, by name; wiped away at the end. Safe to use from several threads."""
+BYTES = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+TOKENS = (TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"), TimeRemainingColumn())
 
-    def __init__(self, waiting: str) -> None:
-        sized = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+
+class Bars:
+    """Bars on standard error, by name; wiped away at the end. Safe to use from several threads.
+
+    Until something is known there is a spinner beside `waiting`, where that is given. `sized` says how sizes are told.
+    """
+
+    def __init__(self, waiting: str | None = None, sized: Sequence[ProgressColumn] = BYTES) -> None:
         # Standard output is left alone: what goes there is the answer.
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(),
             *map(_WhenSized, sized), console=Console(file=sys.stderr), transient=True,
             redirect_stdout=False, redirect_stderr=True,
         )  # fmt: skip
-        self._waiting: TaskID | None = self._progress.add_task(waiting, total=None)
+        self._waiting = None if waiting is None else self._progress.add_task(waiting, total=None)
         self._tasks: dict[str, TaskID] = {}
 
     def shown(self) -> AbstractContextManager[object]:
@@ -50,7 +57,7 @@ class Bars:
         return self._progress
 
     def update(self, name: str, done: int, total: int) -> None:
-        """Show that `done` of `total` bytes of `name` are done."""
+        """Show that `done` of `total` bytes or tokens of `name` are done."""
         if self._waiting is not None:
             self._progress.remove_task(self._waiting)
             self._waiting = None

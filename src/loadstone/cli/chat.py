@@ -21,6 +21,7 @@ from .conversation import Conversation
 from .loading import Ready, facts, loaded
 from .options import configuration, generation_options, load_options, verbose_option
 from .output import clean, rows, say, say_failure, say_quietly, say_warning, write
+from .progress import chunks_of
 
 if TYPE_CHECKING:
     from loadstone.engine import GenerationResult, Stream
@@ -181,7 +182,7 @@ class Chat:
         try:
             self._make_room()
             with self.model.stream(self.said.sent) as stream, _stopped_by_interrupt(stream):
-                for chunk in stream:
+                for chunk in chunks_of(stream):
                     pieces.append(chunk.text)
                     write(chunk.text)
                 result = stream.result

@@ -12,6 +12,7 @@ from loadstone.units import format_size
 from .loading import Ready, facts, loaded
 from .options import configuration, generation_options, load_options, verbose_option
 from .output import clean, rows, say_quietly, say_warning, write, write_json
+from .progress import chunks_of
 
 if TYPE_CHECKING:
     from loadstone.engine import GenerationResult
@@ -73,7 +74,7 @@ def _answer(ready: Ready, text: str, *, raw: bool, system: str | None, is_shown:
     last = "\n"
     try:
         with ready.model.stream(text, raw=raw, system=system) as stream:
-            for chunk in stream:
+            for chunk in chunks_of(stream):
                 if is_shown and chunk.text:
                     write(chunk.text)
                     last = chunk.text

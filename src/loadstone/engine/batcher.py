@@ -29,6 +29,7 @@ from loadstone.errors import (
 from loadstone.memory import forget_frames
 from loadstone.model import Decoder, Segment
 from loadstone.quantization.kernels.words import KV_BLOCK
+from loadstone.telemetry import emit
 
 from .answer import Answer
 from .logprobs import logprob_of
@@ -272,6 +273,7 @@ class Batcher:
         ids: list[int] = []
         segments: list[Segment] = []
         left = self.chunk
+        readers = [answer for answer in turn if answer.is_reading]
         for answer in turn:
             assert answer.places is not None  # it runs
             is_reading = answer.is_reading
@@ -285,10 +287,18 @@ class Batcher:
         if is_decoding:
             logits[-1, -1].item()  # a GPU has only begun
             self._costs.note(len(ids), time.perf_counter() - started)
+        for answer in readers:
+            self._tell(answer)
         for answer, rows in zip(turn, torch.split(logits, [one.wanted for one in segments]), strict=True):
             if not answer.is_reading:
                 with self._failing_only(answer):
                     self._take(answer, rows)
+
+    def _tell(self, answer: Answer) -> None:
+        """Tell how far a prompt is read, when it takes more than one chunk."""
+        total = len(answer.request.prompt)
+        if total - answer.known > self.chunk:
+            emit("generate.read", tokens=answer.read, of=total, seconds=time.perf_counter() - answer.started_at)
 
     def _draft(self, turn: list[Answer]) -> None:
         """Guess what each answer says next, as far as that is worth its time."""

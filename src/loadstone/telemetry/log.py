@@ -10,7 +10,7 @@ from .events import Event
 logger = logging.getLogger("loadstone")
 logger.addHandler(logging.NullHandler())  # a library prints nothing that its user did not ask for
 
-QUIET = frozenset({"download.progress", "load.progress", "store.progress", "store.writing"})
+QUIET = frozenset({"download.progress", "load.progress", "store.progress", "store.writing", "generate.read"})
 
 
 def log_event(event: Event) -> None:
