@@ -6,6 +6,7 @@ import math
 import timeit
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loadstone.config import Sampling
-from loadstone.engine.sampling import CANDIDATES, Sampler
+from loadstone.engine.sampling import CANDIDATES, SPOILT, Sampler, largest_tokens
 from loadstone.errors import GenerationError
 
 VOCABULARY = 40
@@ -66,7 +68,11 @@ def _reference(logits: Sequence[float], rules: Sampling, prompt: list[int], answ
 
 def _spread(sampler: Sampler, logits: torch.Tensor) -> torch.Tensor:
     """What the sampler would draw from, as one probability for every token."""
-    probabilities, tokens = sampler.distribution(sampler._penalised(logits))
+    if sampler._penalties is not None:
+        logits = sampler._penalties.apply(logits)
+    probabilities, tokens, is_all = sampler.distribution(logits, CANDIDATES)
+    if not is_all:
+        probabilities, tokens, _ = sampler.distribution(logits, len(logits))
     return torch.zeros(len(logits)).index_add(0, tokens, probabilities)
 
 
@@ -89,8 +95,9 @@ def _drawn(name: str) -> Counter[int]:
     """What a rule's sampler draws under many seeds, after an answer of three tokens."""
     counts: Counter[int] = Counter()
     sampler = _after(Sampling(**RULES[name]), ANSWER)
+    penalties = sampler._penalties
     for seed in range(DRAWS):
-        sampler._answer = dict(Counter(ANSWER))
+        sampler._penalties = deepcopy(penalties)  # each draw is the first after the same answer
         sampler._generator.manual_seed(seed)
         counts[sampler.choose(LOGITS)] += 1
     return counts
@@ -218,6 +225,45 @@ def test_no_seed_is_a_fresh_one() -> None:
     assert first != second
 
 
+class Waits(TorchDispatchMode):
+    """Counts the calls that wait for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.count += call is torch.ops.aten._local_scalar_dense.default
+        return call(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_token_is_waited_for_once(name: str) -> None:
+    """The second number is the draw, which is the processor's own; nothing is copied from where the logits are."""
+    sampler = _after(Sampling(**RULES[name]), ANSWER)
+    with Waits() as waits:
+        sampler.choose(LOGITS)
+    assert waits.count == 2
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_followed_where_the_logits_are(name: str) -> None:
+    """On a device whose tensors hold nothing, so that whatever looked at one would fail."""
+    sampler = Sampler(Sampling(**RULES[name]), PROMPT)
+    logits = torch.zeros(CANDIDATES * 2, device="meta")
+    if sampler._penalties is not None:
+        logits = sampler._penalties.apply(logits)
+        sampler._penalties.note(5)
+    assert {one.device.type for one in sampler.distribution(logits, CANDIDATES)} == {"meta"}
+
+
+def test_the_largest_of_many_rows_are_those_of_each() -> None:
+    """A row that holds NaN is told apart, and no other."""
+    rows = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
+    rows[2, 9] = math.nan
+    assert largest_tokens(rows) == [int(LOGITS.argmax()), VOCABULARY - 1 - int(LOGITS.argmax()), SPOILT]
+
+
 @pytest.mark.parametrize("name", ["greedy", *RULES])
 @pytest.mark.parametrize("place", [0, 17])
 def test_nan_is_an_error(name: str, place: int) -> None:
@@ -235,6 +281,12 @@ def test_flat_distribution_needs_more_than_the_candidates() -> None:
     kept = spread > 0
     assert int(kept.sum()) == pytest.approx(0.9 * size, abs=5)
     assert torch.allclose(spread[kept], torch.tensor(1 / (0.9 * size)), rtol=1e-3)
+
+
+def test_what_lies_beyond_the_candidates_is_drawn_too() -> None:
+    """Where the first look does not reach p, the draw is made again from all."""
+    sampler = Sampler(Sampling(temperature=1.0, top_p=0.9, seed=4), [])
+    assert len({sampler.choose(torch.zeros(4 * CANDIDATES)) for _ in range(2 * CANDIDATES)}) > CANDIDATES
 
 
 def test_candidates_are_enough_where_they_reach_the_share() -> None:

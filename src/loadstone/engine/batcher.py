@@ -36,7 +36,7 @@ from .logprobs import logprob_of
 from .prefix_cache import PrefixCache, common
 from .prefix_file import read_prefixes, write_prefixes
 from .request import Chunk, Request
-from .sampling import Sampler
+from .sampling import Sampler, largest_tokens
 from .speculation import MOST, Costs, Drafter
 from .stop import StopStrings
 from .text import TextStream
@@ -64,6 +64,7 @@ class Batcher:
         self.cache_tokens = cache_tokens
         self._new_cache(cache_tokens)
         self._costs = Costs()
+        self._pace: tuple[int, float] | None = None  # tokens of the step under way and when it began, until it is noted
         self._is_full = False  # who waits longest cannot be admitted before somebody leaves
         self._new_text, self._spell = new_text, spell
         self._waiting: deque[Answer] = deque()
@@ -284,15 +285,28 @@ class Batcher:
             segments.append(Segment(answer.places.block_table, start, len(new), wanted))
         started = time.perf_counter()
         logits = self.decoder.forward(ids, segments, self.cache)
-        if is_decoding:
-            logits[-1, -1].item()  # a GPU has only begun
-            self._costs.note(len(ids), time.perf_counter() - started)
+        self._pace = (len(ids), started) if is_decoding else None
+        largest: list[int] | list[None] = [None] * len(logits)
+        if any(answer.sampler.takes_largest and not answer.is_reading for answer in turn):
+            largest = largest_tokens(logits)  # of all in one transfer
+        if logits.is_cpu or largest[0] is not None:
+            self._note_pace()
         for answer in readers:
             self._tell(answer)
-        for answer, rows in zip(turn, torch.split(logits, [one.wanted for one in segments]), strict=True):
+        first = 0
+        for answer, one in zip(turn, segments, strict=True):
+            rows = slice(first, first + one.wanted)
+            first = rows.stop
             if not answer.is_reading:
                 with self._failing_only(answer):
-                    self._take(answer, rows)
+                    self._take(answer, logits[rows], largest[rows])
+
+    def _note_pace(self) -> None:
+        """Take note of what a step took, once: when its logits are there, which on a GPU is when one was asked for."""
+        if self._pace is not None:
+            rows, started = self._pace
+            self._pace = None
+            self._costs.note(rows, time.perf_counter() - started)
 
     def _tell(self, answer: Answer) -> None:
         """Tell how far a prompt is read, when it takes more than one chunk."""
@@ -309,13 +323,16 @@ class Batcher:
                 answer.drafts = answer.drafter.guess(most, self._costs, rows)
                 rows += len(answer.drafts)
 
-    def _take(self, answer: Answer, logits: torch.Tensor) -> None:
-        """Choose the next tokens of an answer, as long as guesses were right, and send what text they complete."""
+    def _take(self, answer: Answer, logits: torch.Tensor, largest: Sequence[int | None]) -> None:
+        """Choose the next tokens of an answer, as long as guesses were right, and send what text they complete.
+
+        `largest` has each row's token with the largest logit, where somebody takes it.
+        """
         drafts, answer.drafts = answer.drafts, []
         answer.drafted += len(drafts)
         before = answer.accepted
-        for row, draft in zip(logits, [*drafts, None], strict=True):
-            token = self._choose(answer, row)
+        for row, best, draft in zip(logits, largest, [*drafts, None], strict=True):
+            token = self._choose(answer, row, best)
             if len(answer.tokens) == 1:  # what the prompt came to was sound
                 assert answer.places is not None
                 self.prefixes.share(answer.places, answer.request.prompt)
@@ -325,8 +342,9 @@ class Batcher:
         if answer.drafter is not None and drafts:
             answer.drafter.learn(len(drafts), answer.accepted - before)
 
-    def _choose(self, answer: Answer, logits: torch.Tensor) -> int:
-        token = answer.sampler.choose(logits)
+    def _choose(self, answer: Answer, logits: torch.Tensor, largest: int | None) -> int:
+        token = answer.sampler.choose(logits, largest)
+        self._note_pace()
         if not answer.tokens:
             answer.first_token_at = time.perf_counter()
         answer.tokens.append(token)

@@ -1,7 +1,7 @@
 """Logits → the next token, by the rules that are in force for one request.
 
-The order is the field's usual one: penalties, temperature, top-k, top-p, min-p, then a draw. Knows logits and
-tokens seen so far; nothing of text.
+The order is the field's usual one: penalties, temperature, top-k, top-p, min-p, then a draw. All of it is done where
+the logits are, and a token takes one transfer from there. Knows logits and tokens seen so far; nothing of text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from loadstone.config import Sampling
 from loadstone.errors import GenerationError
 
 CANDIDATES = 1024  # what top-p looks at first; all are sorted only when these do not reach p
+SPOILT = -1  # instead of a token, where logits hold NaN
+UNREACHED = -2  # instead of a token, where the candidates do not reach p
 
 
 class Sampler:
@@ -21,78 +23,123 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
-        self._prompt = set(prompt)
-        self._in_prompt = torch.tensor([*self._prompt], dtype=torch.int64)
-        self._answer: dict[int, int] = {}
+        self._penalties = Penalties(sampling, prompt) if _has_penalties(sampling) else None
         self._generator = torch.Generator()
         self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
 
-    def choose(self, logits: torch.Tensor) -> int:
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the token with the largest logit is chosen, whatever came before."""
+        return self.sampling.greedy and self._penalties is None
+
+    def choose(self, logits: torch.Tensor, largest: int | None = None) -> int:
         """Return the next token for `logits` (vocabulary, float32), and remember it.
 
+        `largest` is what `largest_tokens` says of them; where it is not given and needed, it is found.
         Raises GenerationError when the logits hold NaN: the weights, or an overflow, have spoilt them.
         """
-        logits = self._penalised(logits)
-        if self.sampling.greedy:
-            token = int(logits.argmax())
-            is_spoilt = bool(logits[token].isnan())  # argmax takes NaN for the largest
+        if self._penalties is not None:
+            logits = self._penalties.apply(logits)
+        if not self.sampling.greedy:
+            token = self._draw(logits)
+        elif largest is None or self._penalties is not None:
+            (token,) = largest_tokens(logits.unsqueeze(0))
         else:
-            probabilities, tokens = self.distribution(logits)
-            reached = probabilities.cumsum(-1, dtype=torch.float64)
-            is_spoilt = bool(reached[-1].isnan())
-            # One draw and a search; torch.multinomial draws once for every token, which takes 5 ms for 150,000.
-            point = torch.rand((), dtype=torch.float64, generator=self._generator) * reached[-1]
-            place = min(int(torch.searchsorted(reached, point, right=True)), len(tokens) - 1)
-            token = int(tokens[place])
-        if is_spoilt:
+            token = largest
+        if token == SPOILT:
             raise GenerationError(
                 "The model's logits hold NaN, so no token can be chosen.",
                 hint="The checkpoint may be damaged, or a weight overflows at this quantization: try another.",
             )
-        self._answer[token] = self._answer.get(token, 0) + 1
+        if self._penalties is not None:
+            self._penalties.note(token)
         return token
 
-    def distribution(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the probabilities of what may be chosen, and its tokens, for penalised logits.
+    def _draw(self, logits: torch.Tensor) -> int:
+        # One draw and a search; torch.multinomial draws once for every token, which takes 5 ms for 150,000.
+        point = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        token = self._token_at(point, logits, CANDIDATES)
+        return token if token != UNREACHED else self._token_at(point, logits, len(logits))
 
-        The temperature is above 0. Tokens that a rule drops are not there, or have the probability 0.
+    def _token_at(self, point: float, logits: torch.Tensor, candidates: int) -> int:
+        """Return the token at `point` of the whole probability, from 0 to 1, or UNREACHED or SPOILT."""
+        probabilities, tokens, is_reached = self.distribution(logits, candidates)
+        kind = torch.float32 if logits.device.type == "mps" else torch.float64  # which MPS has not
+        reached = probabilities.cumsum(-1, dtype=kind)
+        place = torch.searchsorted(reached, reached[-1:] * point, right=True).clamp_(max=len(tokens) - 1)
+        token = tokens.gather(0, place).where(is_reached, UNREACHED)
+        return int(token.where(~reached[-1:].isnan(), SPOILT))
+
+    def distribution(self, logits: torch.Tensor, candidates: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the probabilities of what may be chosen, its tokens, and whether this is all, for penalised logits.
+
+        It may not be all when top-p looks at no more than so many `candidates`. The temperature is above 0. Tokens that
+        a rule drops are not there, or have the probability 0.
         """
         rules = self.sampling
-        values = logits.cpu() / rules.temperature
-        tokens = torch.arange(len(values))
+        values = logits / rules.temperature
+        tokens = torch.arange(len(values), device=values.device)
+        is_reached = torch.ones(1, dtype=torch.bool, device=values.device)
         if 0 < rules.top_k < len(values):
             values, tokens = torch.topk(values, rules.top_k)
         probabilities = (values - torch.logsumexp(values, -1)).exp()
         if rules.top_p < 1.0:
-            probabilities, places = _likeliest(probabilities, rules.top_p)
+            if len(probabilities) > candidates:
+                probabilities, places = torch.topk(probabilities, candidates)
+                is_reached = probabilities.sum(-1, keepdim=True) >= rules.top_p
+            else:
+                probabilities, places = torch.sort(probabilities, descending=True)
             tokens = tokens[places]
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.where(before < rules.top_p, 0.0)
         if rules.min_p > 0.0:
             probabilities = probabilities.where(probabilities >= rules.min_p * probabilities.max(), 0.0)
-        return probabilities / probabilities.sum(), tokens
+        return probabilities / probabilities.sum(), tokens, is_reached
 
-    def _penalised(self, logits: torch.Tensor) -> torch.Tensor:
-        rules = self.sampling
+
+class Penalties:
+    """What repetition, presence and frequency cost a token, by the prompt and by the answer so far.
+
+    What was said is kept where the logits are, one number for every token of the vocabulary.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self._rules = sampling
+        self._prompt = sorted(set(prompt))
+        self._is_known: torch.Tensor | None = None  # whether the prompt or the answer has it
+        self._counts: torch.Tensor | None = None  # how often the answer has it
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits (vocabulary, float32) after all penalties; those given stay as they are."""
+        rules = self._rules
+        if self._is_known is None or self._counts is None:
+            self._counts = torch.zeros_like(logits)
+            self._is_known = torch.zeros_like(logits, dtype=torch.bool)
+            places = torch.tensor(self._prompt, dtype=torch.int64, device=logits.device)
+            self._is_known.index_fill_(0, places, True)
         if rules.repetition_penalty != 1.0:
-            more = torch.tensor([token for token in self._answer if token not in self._prompt], dtype=torch.int64)
-            places = torch.cat((self._in_prompt, more)).to(logits.device)
-            found = logits[places]
             factor = rules.repetition_penalty
-            logits = logits.index_copy(0, places, torch.where(found > 0, found / factor, found * factor))
-        if self._answer and (rules.presence_penalty or rules.frequency_penalty):
-            places = torch.tensor(list(self._answer), device=logits.device)
-            counts = torch.tensor(list(self._answer.values()), dtype=logits.dtype, device=logits.device)
-            cost = rules.presence_penalty + rules.frequency_penalty * counts
-            logits = logits.index_add(0, places, cost, alpha=-1)
+            less = torch.where(logits > 0, logits / factor, logits * factor)
+            logits = torch.where(self._is_known, less, logits)
+        if rules.presence_penalty or rules.frequency_penalty:
+            cost = rules.presence_penalty + rules.frequency_penalty * self._counts
+            logits = torch.where(self._counts > 0, logits - cost, logits)
         return logits
 
+    def note(self, token: int) -> None:
+        """Take note of a token of the answer, after the first that was chosen."""
+        assert self._is_known is not None
+        assert self._counts is not None  # it was chosen by logits that `apply` returned
+        self._is_known[token].fill_(True)
+        self._counts[token].add_(1)
 
-def _likeliest(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest probabilities in falling order, enough to reach `share`, and their places."""
-    if len(probabilities) > CANDIDATES:
-        top = torch.topk(probabilities, CANDIDATES)
-        if float(top.values.sum()) >= share:
-            return top.values, top.indices
-    every = torch.sort(probabilities, descending=True)
-    return every.values, every.indices
+
+def largest_tokens(logits: torch.Tensor) -> list[int]:
+    """Return the token with the largest logit of each row (N × vocabulary), or SPOILT where a row holds NaN."""
+    tokens = logits.argmax(-1, keepdim=True)
+    is_spoilt = logits.gather(-1, tokens).isnan()  # argmax takes NaN for the largest
+    return [int(token) for token in tokens.masked_fill(is_spoilt, SPOILT).flatten().tolist()]
+
+
+def _has_penalties(rules: Sampling) -> bool:
+    return rules.repetition_penalty != 1.0 or bool(rules.presence_penalty or rules.frequency_penalty)
