@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from model_shapes import CPU_SETTINGS, GPU_SETTINGS, make_spec, qwen_7b, tiny
 
 from loadstone.checkpoint.workers import thread_count
-from loadstone.planner.estimate import Estimator, dtype_bytes, estimate_kv, estimate_load, estimate_weights
+from loadstone.planner.estimate import (
+    Estimator,
+    dtype_bytes,
+    estimate_activations,
+    estimate_kv,
+    estimate_load,
+    estimate_weights,
+    gathered_bytes,
+)
 from loadstone.quantization import Strategy, find_strategy
 
 LINEAR = 6_525_288_448  # numbers in the layers' matrices of Qwen2.5-7B
@@ -130,6 +138,14 @@ def test_each_strategy_needs_less_than_the_one_before(kind: str, name: str) -> N
     sizes = [estimator(one, kind=kind).at(2048).needed_bytes for one in ladder]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[ladder.index(name)] > 0
+
+
+def test_recorded_steps_of_a_gpu_have_memory_of_their_own() -> None:
+    """What they gather, and the weight that a product unpacks, are counted once more than where nothing is recorded."""
+    recorded, other = (
+        estimate_activations(qwen_7b(), GPU_SETTINGS, kind, context=2048, streams=1) for kind in ("cuda", "mps")
+    )
+    assert recorded - other >= gathered_bytes("cuda") + 2 * 2 * 18_944 * 3584
 
 
 @given(context=st.integers(1, 32_000), more=st.integers(1, 1000), streams=st.integers(1, 8))

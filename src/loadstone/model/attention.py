@@ -1,4 +1,4 @@
-"""Attention of new tokens of one sequence over its part of the KV cache."""
+"""Attention over the KV cache: of new tokens of one sequence, and of single tokens of many."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, wind
         first = 0 if window is None else max(0, keys.shape[1] - window)
         return _one_token(queries, keys[:, first:], values[:, first:])
     return _chunk(queries, keys, values, window)
+
+
+def attend_rows(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what single tokens see, each in its own row: N × heads·head_size.
+
+    `queries` is N × heads × head_size; `keys` and `values` are kv_heads × N × places × head_size; `hidden` (N × 1 ×
+    places) is true where a token sees nothing, and what lies there is finite wherever the token itself is.
+    """
+    rows, heads, size = queries.shape
+    groups = keys.shape[0]
+    grouped = queries.view(rows, groups, heads // groups, size).transpose(0, 1)
+    scores = torch.matmul(grouped, keys.transpose(2, 3)).mul_(size**-0.5).masked_fill_(hidden, -torch.inf)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+    return torch.matmul(weights, values).transpose(0, 1).reshape(rows, heads * size)
 
 
 def _one_token(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,16 @@ def ended(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int]]:
     return zip(segments, accumulate(one.length for one in segments), strict=True)
 
 
+def wanted_rows(segments: Sequence[Segment]) -> list[int]:
+    """Return the rows after which logits are wanted, in order."""
+    return [row for one, end in ended(segments) for row in range(end - one.wanted, end)]
+
+
 class Batch:
     """Where the tokens of one forward pass belong, and what they see.
 
     Few new tokens of a sequence go through the CPU's attention kernel, where there is one, all sequences together;
-    chunks of a prompt, and everything on other devices, go through torch, one sequence after the other.
+    chunks of a prompt go through torch, one sequence after the other.
     """
 
     def __init__(self, segments: Sequence[Segment], decoder: Decoder) -> None:
@@ -82,6 +87,25 @@ class Batch:
         return seen
 
 
+def turned(
+    qkv: torch.Tensor, layer: Layer, decoder: Decoder, cosines: torch.Tensor, sines: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the queries, keys and values of N tokens, N × heads × head_size each; the first two normed and rotated.
+
+    `qkv` is N × (heads + 2·kv_heads)·head_size; `cosines` and `sines` are those of the tokens, N × 1 × head_size/2.
+    """
+    heads, groups = decoder.heads, decoder.kv_heads
+    fused = qkv.view(-1, heads + 2 * groups, decoder.head_size)
+    turning, values = torch.split(fused, [heads + groups, groups], 1)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        shape, epsilon = (decoder.head_size,), decoder.norm_epsilon
+        queries = functional.rms_norm(turning[:, :heads], shape, layer.query_norm, epsilon)
+        keys = functional.rms_norm(turning[:, heads:], shape, layer.key_norm, epsilon)
+        turning = torch.cat((queries, keys), 1)
+    queries, keys = torch.split(rotate(turning, cosines, sines), [heads, groups], 1)
+    return queries, keys, values
+
+
 class _Chunk:
     """A segment that goes through torch, and where its sequence is in the cache."""
 
@@ -98,17 +122,10 @@ class _Chunk:
 
     def attend(self, qkv: torch.Tensor, layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Add the chunk's keys and values to the cache, and return what its tokens see."""
-        decoder = self.decoder
-        heads, groups = decoder.heads, decoder.kv_heads
-        fused = qkv.view(-1, heads + 2 * groups, decoder.head_size)
-        queries, new_keys, new_values = torch.split(fused, [heads, groups, groups], 1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            shape, epsilon = (decoder.head_size,), decoder.norm_epsilon
-            queries = functional.rms_norm(queries, shape, layer.query_norm, epsilon)
-            new_keys = functional.rms_norm(new_keys, shape, layer.key_norm, epsilon)
-        keys.index_copy_(1, self.places, rotate(new_keys, *self.turn).transpose(0, 1).to(keys.dtype))
+        queries, new_keys, new_values = turned(qkv, layer, self.decoder, *self.turn)
+        keys.index_copy_(1, self.places, new_keys.transpose(0, 1).to(keys.dtype))
         values.index_copy_(1, self.places, new_values.transpose(0, 1).to(values.dtype))
-        seen = attend(rotate(queries, *self.turn), self._past(keys), self._past(values), layer.window)
+        seen = attend(queries, self._past(keys), self._past(values), layer.window)
         return seen.reshape(len(self.places), -1)
 
     def _past(self, kept: torch.Tensor) -> torch.Tensor:

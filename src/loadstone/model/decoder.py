@@ -6,7 +6,7 @@ tokens and their places in the KV cache; nothing of text, requests or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -18,10 +18,11 @@ from loadstone.quantization.kernels.words import KV_BLOCK
 from loadstone.quantization.linear import Linear
 from loadstone.store import Attached, Entry
 
-from .batch import Batch, Segment, ended
+from .batch import Batch, Segment, wanted_rows
 from .cache import KVCache, block_table_of
 from .layer import Layer
 from .publishing import Publishing
+from .static import Rows
 from .step import Steps
 
 
@@ -142,17 +143,27 @@ class Decoder:
         `ids` are the new tokens of all segments, one after the other. Their keys and values are added to `cache`.
         """
         self._check(segments, cache)
-        x = self.embedding.lookup(torch.tensor(ids, device=self.device))
-        if (step := self.steps.setdefault(cache, Steps()).of(self, cache, segments, len(ids))) is not None:
-            x = step(x, segments)
-        else:
-            batch = Batch(segments, self)
-            for index, layer in enumerate(self.layers):
-                x = self._layer(x, layer, batch, cache.keys[index], cache.values[index])
-        wanted = [row for one, end in ended(segments) for row in range(end - one.wanted, end)]
-        if len(wanted) < len(ids):
-            x = x[torch.tensor(wanted, device=self.device)]
+        step = self.steps.setdefault(cache, Steps()).of(self, cache, segments, len(ids))
+        x = step(self, ids, segments) if step is not None else self._read(ids, segments, cache)
         return self.head(x, norm=self.norm, epsilon=self.norm_epsilon).float()
+
+    def _read(self, ids: Sequence[int], segments: Sequence[Segment], cache: KVCache) -> torch.Tensor:
+        """Return the states of the rows that are wanted, for tokens of any number: chunks of prompts among them."""
+        x = self.through_layers(torch.tensor(ids, device=self.device), Batch(segments, self), cache.keys, cache.values)
+        wanted = wanted_rows(segments)
+        return x if len(wanted) == len(ids) else x[torch.tensor(wanted, device=self.device)]
+
+    def through_layers(
+        self, ids: torch.Tensor, seen: Batch | Rows, keys: Iterable[torch.Tensor], values: Iterable[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the states of tokens (N, int64, on the device) after the last layer, N × hidden.
+
+        `seen` says where their keys and values go and what they see; `keys` and `values` are the cache's, by layer.
+        """
+        x = self.embedding.lookup(ids)
+        for layer, own_keys, own_values in zip(self.layers, keys, values, strict=True):
+            x = self._layer(x, layer, seen, own_keys, own_values)
+        return x
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits after each token of a text that is read by itself: T × vocabulary, float32."""
@@ -161,10 +172,10 @@ class Decoder:
         return self.forward(ids, [Segment(table, 0, len(ids), wanted=len(ids))], cache)
 
     def _layer(
-        self, x: torch.Tensor, layer: Layer, batch: Batch, keys: torch.Tensor, values: torch.Tensor
+        self, x: torch.Tensor, layer: Layer, seen: Batch | Rows, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         epsilon = self.norm_epsilon
         qkv = layer.query_key_value(x, norm=layer.attention_norm, epsilon=epsilon)
-        x = layer.output(batch.attend(qkv, layer, keys, values), residual=x)
+        x = layer.output(seen.attend(qkv, layer, keys, values), residual=x)
         gate_up = layer.gate_up(x, norm=layer.mlp_norm, epsilon=epsilon)
         return layer.down(gate_up, gated=True, residual=x)

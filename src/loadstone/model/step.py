@@ -1,6 +1,7 @@
 """A step of decoding as a list of kernel calls, made once and then run with one call from Python.
 
 Between products that take a tenth of a millisecond each, what Python does to start them would be a fifth of the time.
+Where our kernels do not attend, as on a GPU, `static.py` takes such steps.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 
 from loadstone.quantization.kernels.cpu import AttentionKernel, Call, Tokens, Work, cpu_kernels, room_for_scores
 
-from .batch import FEW_TOKENS, Segment
+from .batch import FEW_TOKENS, Segment, wanted_rows
 from .cache import KVCache
+from .static import StaticStep, StaticSteps
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -38,7 +40,7 @@ class Buffers:
 
 
 class Step:
-    """What all layers do to `count` tokens."""
+    """What all layers do to `count` tokens, in our kernels."""
 
     def __init__(
         self, decoder: Decoder, attention: AttentionKernel, cache: KVCache, buffers: Buffers, count: int
@@ -64,13 +66,14 @@ class Step:
             yield layer.gate_up.call(between, gate_up, work, norm=layer.mlp_norm, epsilon=epsilon)
             yield layer.down.call(gate_up, states, work, gated=True, residual=between)
 
-    def __call__(self, x: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
-        """Return what the layers make of x (count × hidden); it is overwritten by the next step."""
+    def __call__(self, decoder: Decoder, ids: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
+        """Return the states of the rows that are wanted after the layers; they may be overwritten by the next step."""
         tables = [one.block_table for one in segments for _ in range(one.length)]
         self.tokens.place(tables, [one.start + j for one in segments for j in range(one.length)])
-        self.states.copy_(x)
+        self.states.copy_(decoder.embedding.lookup(torch.tensor(ids)))
         self._run()
-        return self.states
+        wanted = wanted_rows(segments)
+        return self.states if len(wanted) == len(ids) else self.states[wanted]
 
 
 class Steps:
@@ -82,11 +85,17 @@ class Steps:
     def __init__(self) -> None:
         self._buffers: Buffers | None = None
         self._made: dict[int, Step | None] = {}
+        self._static = StaticSteps()
 
-    def of(self, decoder: Decoder, cache: KVCache, segments: Sequence[Segment], count: int) -> Step | None:
-        """Return the step for these segments of `count` tokens in all; None where kernels do not do all of it."""
-        if decoder.attention is None or any(one.length > FEW_TOKENS for one in segments):
+    def of(self, decoder: Decoder, cache: KVCache, segments: Sequence[Segment], count: int) -> Step | StaticStep | None:
+        """Return the step for these segments of `count` tokens in all.
+
+        It is None for more than a few tokens of a sequence, or of all together, and where kernels do a part of it only.
+        """
+        if any(one.length > FEW_TOKENS for one in segments):
             return None
+        if decoder.attention is None:
+            return self._static.of(decoder, cache, segments, count)
         if self._buffers is not None and self._buffers.threads != torch.get_num_threads():
             self._buffers, self._made = None, {}
         if count not in self._made:

@@ -28,6 +28,11 @@ STACKED = 2
 # What unpacking a few rows at a time takes on the processor, at most.
 ROWS_AT_A_TIME = 64 << 20
 
+# What all tokens of a decoding step may see of the cache together, copied side by side for one layer, at most. On the
+# processor it is less than unpacking takes, which is over by then, since copies cost more there than calls do.
+GATHERED = 256 << 20
+GATHERED_ON_CPU = 16 << 20
+
 _FLOAT = 4  # intermediate results are counted as float32, whatever type the products are made in
 _HIDDEN_COPIES = 6  # residual, normed, attention's and the MLP's results, and the sums of the two
 _UNPACKING = 24  # bytes a number: packed, unpacked, and what lies between
@@ -119,8 +124,24 @@ def estimate_activations(
         scores = tokens * spec.heads * context * _FLOAT
         unpacked = _stacked(spec) * compute
     positions = context * spec.head_size * compute  # cosines and sines, half a head each
-    step = (tokens * (hidden + rotated + inner) + logits) * _FLOAT + scores + unpacked + positions
+    # Steps that are recorded have memory of their own, which nothing else uses.
+    recorded = unpacked + GATHERED if device_kind == "cuda" else 0
+    step = (tokens * (hidden + rotated + inner) + logits) * _FLOAT + scores + unpacked + positions + recorded
     return round(step * (1 + ACTIVATION_MARGIN))
+
+
+def gathered_bytes(device_kind: str) -> int:
+    """Return how much a step of decoding may copy of the cache for one layer, in bytes."""
+    return GATHERED_ON_CPU if device_kind == "cpu" else GATHERED
+
+
+def place_bytes(heads: int, kv_heads: int, head_size: int, compute: int, cache: int) -> int:
+    """Return what a token of a decoding step takes for each place that it sees: key and value, and the scores.
+
+    `compute` and `cache` are the sizes of their types in bytes.
+    """
+    copies = compute if compute == cache else compute + cache
+    return 2 * kv_heads * head_size * copies + heads * (2 * _FLOAT + 2 * compute)
 
 
 def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings, device_kind: str) -> int:
