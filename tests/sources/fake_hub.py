@@ -76,6 +76,8 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.asked: list[Asked] = []
         self.claimed_sizes: dict[str, int] = {}
+        self.sent = 0
+        """Bytes of all answers."""
         self._server = _QuietServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
@@ -131,8 +133,9 @@ class FakeHub:
 
             def do_GET(self) -> None:
                 path = unquote(urlsplit(self.path).path)
-                asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 start = int(asked[1]) if asked else None
+                end = int(asked[2]) + 1 if asked and asked[2] else None
                 hub.asked.append(Asked(path, start, self.headers.get("Authorization")))
                 fault = hub._next_fault(path)
                 if fault and fault.status:
@@ -140,11 +143,11 @@ class FakeHub:
                 elif re.fullmatch(rf"/api/models/{hub.repository}(/revision/(main|{hub.commit}|v1))?", path):
                     self._answer(200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"})
                 elif match := re.fullmatch(rf"/{hub.repository}/resolve/{hub.commit}/(.+)", path):
-                    self._file(hub.files.get(match[1]), start, fault)
+                    self._file(hub.files.get(match[1]), start, end, fault)
                 else:
                     self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
-            def _file(self, data: bytes | None, start: int | None, fault: Fault | None) -> None:
+            def _file(self, data: bytes | None, start: int | None, end: int | None, fault: Fault | None) -> None:
                 if data is None:
                     self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
                     return
@@ -155,14 +158,16 @@ class FakeHub:
                 elif start >= len(data):
                     self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
                 else:
-                    place = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                    self._answer(206, data[start:], {"Content-Range": place}, fault)
+                    part = data[start:end]
+                    place = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+                    self._answer(206, part, {"Content-Range": place}, fault)
 
             def _answer(self, status: int, body: bytes, headers: Mapping[str, str], fault: Fault | None = None) -> None:
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
+                hub.sent += len(body)
                 if fault is None or fault.reset_after is None:
                     self.wfile.write(body)
                     return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import Architecture, known_architectures, register_architecture
 from .inspect import inspect
+from .opening import Readable
 from .spec import ModelSpec, TensorInfo
 from .weights import Weights, open_weights
 
@@ -21,6 +22,7 @@ __all__ = [
     "Architecture",
     "ChatTemplate",
     "ModelSpec",
+    "Readable",
     "TensorInfo",
     "Tokenizer",
     "Weights",

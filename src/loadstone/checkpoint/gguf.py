@@ -12,12 +12,13 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loadstone.errors import CheckpointError
 
+from .opening import Readable
 from .spec import TensorInfo
 
 # number: (name, numbers in a block, bytes of a block)
@@ -33,25 +34,34 @@ _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # ggml's own limit
 _DEEPEST_LIST = 3
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 32  # bytes that an entry of either table takes at least
+_SMALLEST = 24  # bytes that come before the tables
+_LEAST_FETCHED = 2**20  # bytes, after the first: what follows has a vocabulary in it
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the header of a GGUF file says: metadata by key, and tensors by the name they are stored under."""
+    """What the header of a GGUF file says: metadata by key, and tensors by the name they are stored under.
+
+    `opened` gives the file's bytes.
+    """
 
     file: Path
     version: int
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    opened: Readable = field(repr=False, compare=False)
 
 
-def read_header(file: Path) -> GgufHeader:
+def read_header(file: Path, remote: Readable | None = None) -> GgufHeader:
     """Return the header of `file`, every place in it checked against the file's size.
 
     A tensor of a type that is not read keeps its type's number, as "type 19", with `nbytes` 0. Raises
-    CheckpointError naming the file and the cause.
+    CheckpointError naming the file and the cause. `remote` gives its bytes where it is not on this machine.
     """
-    cursor = _open(file)
+    opened = _map(file) if remote is None else remote
+    if opened.size < _SMALLEST:
+        _damaged(file, f"it has {opened.size} bytes, too few for a GGUF file")
+    cursor = _Cursor(file, opened)
     if cursor.take(4) != b"GGUF":
         _damaged(file, "it does not start with GGUF")
     version = cursor.unpack("I")
@@ -69,7 +79,7 @@ def read_header(file: Path) -> GgufHeader:
             _damaged(file, f"metadata {key!r} appears twice")
         metadata.add(key)
     tensors = _tensors(cursor, tensor_count, _alignment(metadata, file))
-    return GgufHeader(file, version, metadata, tensors)
+    return GgufHeader(file, version, metadata, tensors, opened)
 
 
 def read_metadata(file: Path) -> Mapping[str, Any]:
@@ -81,14 +91,40 @@ def _damaged(file: Path, reason: str) -> NoReturn:
     raise CheckpointError(reason, file=file, hint="The file is damaged or incomplete: download it again.")
 
 
-class _Cursor:
-    """A place in a file's bytes that moves forward and never past the end."""
+class _Mapped:
+    """A file on this machine, mapped."""
 
-    def __init__(self, file: Path, data: mmap.mmap) -> None:
-        self.file = file
+    def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.size = len(data)
-        self.place = 0
+
+    def read(self, start: int, length: int) -> bytes:
+        return self.data[start : start + length]
+
+
+class _Cursor:
+    """A place in a file's bytes that moves forward and never past the end.
+
+    `data` is the file from its start, as far as it was needed; of a mapped file it is all.
+    """
+
+    def __init__(self, file: Path, opened: Readable, data: mmap.mmap | bytes = b"", place: int = 0) -> None:
+        self.file = file
+        self.opened = opened
+        self.data = opened.data if isinstance(opened, _Mapped) else data
+        self.size = opened.size
+        self.place = place
+
+    def at(self, place: int) -> _Cursor:
+        """Return another cursor in the same file."""
+        return _Cursor(self.file, self.opened, self.data, place)
+
+    def fetch(self, end: int) -> None:
+        """Have the bytes before `end`, which is within the file: at least twice as many as before, so few times."""
+        wanted = min(self.size, max(end, 2 * len(self.data), _LEAST_FETCHED if self.data else 0))
+        self.data = self.opened.read(0, wanted)
+        if len(self.data) < end:
+            _damaged(self.file, f"it ended after {len(self.data)} of {self.size} bytes")
 
     def skip(self, length: int) -> None:
         if length > self.size - self.place:
@@ -99,7 +135,9 @@ class _Cursor:
     def take(self, length: int) -> bytes:
         start = self.place
         self.skip(length)
-        return self.data[start : start + length]
+        if self.place > len(self.data):
+            self.fetch(self.place)
+        return self.data[start : self.place]
 
     def unpack(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
@@ -126,7 +164,8 @@ class _Cursor:
     def texts(self, count: int) -> list[str]:
         start = self.place
         self.skip_texts(count)
-        data, place = self.data[start : self.place], 0
+        length, self.place = self.place - start, start
+        data, place = self.take(length), 0
         read = struct.Struct("<Q").unpack_from
         found = []
         for _ in range(count):
@@ -137,10 +176,14 @@ class _Cursor:
 
     def skip_texts(self, count: int) -> None:
         data, size, place = self.data, self.size, self.place
+        here = len(data)
         read = struct.Struct("<Q").unpack_from
         for _ in range(count):
-            if place + 8 > size:
-                break
+            if place + 8 > here:
+                if place + 8 > size:
+                    break
+                self.fetch(place + 8)
+                data, here = self.data, len(self.data)
             place += 8 + read(data, place)[0]
         else:
             if place <= size:
@@ -168,9 +211,7 @@ class _Metadata(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key not in self._lists:
             return self._values[key]
-        reader = _Cursor(self._cursor.file, self._cursor.data)
-        reader.place = self._lists[key]
-        return _list(reader, key)
+        return _list(self._cursor.at(self._lists[key]), key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
@@ -279,11 +320,11 @@ def _check_places(file: Path, tensors: Mapping[str, TensorInfo], size: int) -> N
         _damaged(file, f"it is truncated: it has {size} bytes and {end - size} are missing")
 
 
-def _open(file: Path) -> _Cursor:
+def _map(file: Path) -> _Mapped:
     try:
         with file.open("rb") as stream:
-            if stream.seek(0, 2) < 24:
+            if stream.seek(0, 2) < _SMALLEST:  # one of no bytes cannot be mapped
                 _damaged(file, f"it has {stream.tell()} bytes, too few for a GGUF file")
-            return _Cursor(file, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            return _Mapped(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror or error}", file=file) from error

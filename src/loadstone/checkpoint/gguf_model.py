@@ -183,7 +183,5 @@ def _frequencies(header: GgufHeader) -> list[float] | None:
         return None
     if tensor.dtype != "F32" or len(tensor.shape) != 1 or tensor.elements > 2**14:
         _refuse(header, f"tensor {FREQUENCIES!r} is not a short list of F32")
-    with header.file.open("rb") as stream:
-        stream.seek(tensor.offset)
-        factors = list(struct.unpack(f"<{tensor.elements}f", stream.read(tensor.nbytes)))
+    factors = list(struct.unpack(f"<{tensor.elements}f", header.opened.read(tensor.offset, tensor.nbytes)))
     return None if all(factor == 1.0 for factor in factors) else factors

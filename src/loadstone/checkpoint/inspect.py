@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from loadstone.errors import CheckpointError
@@ -18,9 +19,11 @@ from . import config_json, gguf, gguf_model, safetensors
 from .architectures import Architecture
 from .layout import Sizes, expected_tensors, select_tensors
 from .listing import LISTING, read_listing
+from .opening import Readable
 from .spec import ModelSpec, TensorInfo
 
 INDEX = "model.safetensors.index.json"
+ALL_HERE: Mapping[Path, Readable] = MappingProxyType({})
 _SAFETENSORS_TYPES = ("BF16", "F16", "F32")
 
 
@@ -41,36 +44,38 @@ class Files(Protocol):
     def format(self) -> str: ...
 
 
-def inspect(files: Files) -> ModelSpec:
+def inspect(files: Files, remote: Mapping[Path, Readable] = ALL_HERE) -> ModelSpec:
     """Return what the headers of a model's files say, all of it checked.
+
+    Of weights that are not on this machine, `remote` gives the bytes.
 
     Raises CheckpointError, naming file and cause, for files that are damaged, incomplete, contradict one
     another, or are of a kind that is not read.
     """
     if not files.weights and not (files.folder / LISTING).is_file():
         raise CheckpointError("there are no weights", file=files.folder, hint="Fetch the checkpoint again.")
-    return _inspect_gguf(files) if files.format == "gguf" else _inspect_safetensors(files)
+    return _inspect_gguf(files, remote) if files.format == "gguf" else _inspect_safetensors(files, remote)
 
 
-def _inspect_safetensors(files: Files) -> ModelSpec:
+def _inspect_safetensors(files: Files, remote: Mapping[Path, Readable]) -> ModelSpec:
     config_file = files.folder / "config.json"
     config = config_json.read_json(config_file)
     architecture = config_json.architecture_of(config, config_file)
     sizes = config_json.sizes_of(config, architecture, config_file)
-    found = _gather(files) if files.weights else read_listing(files.folder)
+    found = _gather(files, remote) if files.weights else read_listing(files.folder)
     tensors = select_tensors(found, expected_tensors(architecture, sizes), _SAFETENSORS_TYPES, files.folder)
     generation = config_json.read_generation(files.folder)
     return _spec(files, architecture, sizes, tensors, config, generation, config_file)
 
 
-def _inspect_gguf(files: Files) -> ModelSpec:
+def _inspect_gguf(files: Files, remote: Mapping[Path, Readable]) -> ModelSpec:
     if len(files.weights) != 1:
         raise CheckpointError(
             f"{len(files.weights)} GGUF files make no model; one does",
             file=files.folder,
             hint="Name one of them.",
         )
-    header = gguf.read_header(files.weights[0])
+    header = gguf.read_header(files.weights[0], remote.get(files.weights[0]))
     architecture = gguf_model.architecture_of(header)
     config = gguf_model.config_of(header, architecture)
     sizes = config_json.sizes_of(config, architecture, header.file)
@@ -113,13 +118,13 @@ def _spec(
     )
 
 
-def _gather(files: Files) -> dict[str, TensorInfo]:
+def _gather(files: Files, remote: Mapping[Path, Readable]) -> dict[str, TensorInfo]:
     """The tensors of all shards; the index, when it is these shards', says which shard each must be in."""
     shards = {file.name: file for file in files.weights}
     places = _index(files.folder / INDEX, shards)
     found: dict[str, TensorInfo] = {}
     for shard in files.weights:
-        for name, tensor in safetensors.read_header(shard).items():
+        for name, tensor in safetensors.read_header(shard, remote.get(shard)).items():
             if places and places.get(name, shard.name) != shard.name:
                 continue
             if name in found:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loadstone.errors import CheckpointError
 
+from .opening import LocalFile, Readable
 from .spec import TensorInfo
 
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
@@ -27,31 +29,37 @@ _BITS = {
 }  # fmt: skip
 
 
-def read_header(file: Path) -> Mapping[str, TensorInfo]:
+def read_header(file: Path, remote: Readable | None = None) -> Mapping[str, TensorInfo]:
     """Return what the header of `file` says about each tensor, in the order of their bytes.
 
     Every offset is within the file, no two tensors overlap and no byte is left over. Raises CheckpointError
-    naming the file and the cause otherwise.
+    naming the file and the cause otherwise. `remote` gives its bytes where it is not on this machine.
     """
     try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            start = stream.read(_LENGTH_BYTES)
-            if size < _LENGTH_BYTES:
-                _damaged(file, f"it has {size} bytes, fewer than the 8 that every safetensors file starts with")
-            length = int.from_bytes(start, "little")
-            _check_length(file, length, size, start + stream.read(len(_LFS_POINTER) - _LENGTH_BYTES))
-            stream.seek(_LENGTH_BYTES)
-            raw = stream.read(length)
+        with LocalFile(file) if remote is None else nullcontext(remote) as opened:
+            size = opened.size
+            raw = _raw_header(file, opened)
     except OSError as error:
         raise CheckpointError(f"it cannot be read: {error.strerror or error}", file=file) from error
     entries = _parse(file, raw)
-    data_start = _LENGTH_BYTES + length
+    data_start = _LENGTH_BYTES + len(raw)
     tensors = [_tensor(file, name, entry, data_start) for name, entry in entries.items() if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_places(file, tensors, data_start, size)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _raw_header(file: Path, opened: Readable) -> bytes:
+    """Return the JSON of a header, once its length is believed."""
+    start = opened.read(0, len(_LFS_POINTER))
+    if opened.size < _LENGTH_BYTES:
+        _damaged(file, f"it has {opened.size} bytes, fewer than the 8 that every safetensors file starts with")
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    _check_length(file, length, opened.size, start)
+    raw = opened.read(_LENGTH_BYTES, length)
+    if len(raw) < length:
+        _damaged(file, f"its header ended after {len(raw)} of {length} bytes")
+    return raw
 
 
 def _damaged(file: Path, reason: str, cause: Exception | None = None) -> NoReturn:

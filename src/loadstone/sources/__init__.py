@@ -3,6 +3,7 @@
 from .base import ModelFiles
 from .choose import COMPANIONS
 from .hub import hub_weights
-from .resolve import resolve
+from .remote import Headers
+from .resolve import resolve, resolve_headers
 
-__all__ = ["COMPANIONS", "ModelFiles", "hub_weights", "resolve"]
+__all__ = ["COMPANIONS", "Headers", "ModelFiles", "hub_weights", "resolve", "resolve_headers"]

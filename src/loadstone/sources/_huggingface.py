@@ -38,6 +38,9 @@ from .hub_cache import COMMIT, HubCache
 STALL_SECONDS = 30.0
 """A connection that brings nothing for so long is given up; how long a whole file takes is not limited."""
 
+MOST_PASSED_OVER = 16 * 2**20
+"""Bytes that are taken in for nothing, where a server sends a whole file and not the part that was asked for."""
+
 EVENT_SECONDS = 0.1
 _IDENTITY = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -74,6 +77,36 @@ def download(cache: HubCache, commit: str, file: RemoteFile, endpoint: str) -> N
                     _stream(url, incoming)
                 incoming.check()
             os.replace(cache.partial(file), cache.blob(file))
+
+
+def read_range(repository: str, commit: str, file: RemoteFile, endpoint: str, start: int, length: int) -> bytes:
+    """Return bytes [start, start + length) of a file, all of which it has; one attempt.
+
+    Of a server that sends the whole file instead, what comes before is passed over and the connection is closed as
+    soon as the bytes are here; where more than MOST_PASSED_OVER come before, it is not read.
+    """
+    url = hf_hub_url(repository, file.name, revision=commit, endpoint=endpoint)
+    with _translated(f"{repository}/{file.name}", repository, endpoint):
+        headers = _headers() | {"Range": f"bytes={start}-{start + length - 1}"}
+        with get_session().stream("GET", url, headers=headers, timeout=STALL_SECONDS) as response:
+            return _part(response, file, start, length)
+
+
+def _part(response: Any, file: RemoteFile, start: int, length: int) -> bytes:
+    """Return the wanted bytes of a response, which has them at its beginning, or later where it is the whole file."""
+    if response.status_code not in (200, 206):
+        raise _Refused(response)
+    if response.status_code == 206 and _range_start(response.headers) != start:
+        raise TransientSourceError(f"{file.name}: another part arrived than was asked for")
+    passed_over = start if response.status_code == 200 else 0
+    if passed_over > MOST_PASSED_OVER:
+        raise SourceError(f"{file.name}: the server sends no parts of files", hint="Fetch the model with `pull`.")
+    found = bytearray()
+    for block in response.iter_bytes():
+        found += block
+        if len(found) >= passed_over + length:
+            return bytes(found[passed_over : passed_over + length])
+    raise TransientSourceError(f"{file.name}: {len(found)} of {passed_over + length} bytes arrived")
 
 
 class _Incoming:
@@ -148,8 +181,7 @@ def _digest(file: RemoteFile) -> Any:
 
 
 def _stream(url: str, incoming: _Incoming) -> None:
-    headers = build_hf_headers(library_name="loadstone", library_version=_version())
-    headers["Accept-Encoding"] = "identity"  # a range of a compressed body would be of other bytes
+    headers = _headers()
     if incoming.arrived:
         headers["Range"] = f"bytes={incoming.arrived}-"
     with get_session().stream("GET", url, headers=headers, timeout=STALL_SECONDS) as response:
@@ -163,6 +195,12 @@ def _stream(url: str, incoming: _Incoming) -> None:
             raise incoming.damaged("is another part than was asked for of")
         for block in response.iter_bytes():
             incoming.add(block)
+
+
+def _headers() -> dict[str, str]:
+    headers: dict[str, str] = build_hf_headers(library_name="loadstone", library_version=_version())
+    headers["Accept-Encoding"] = "identity"  # a range of a compressed body would be of other bytes
+    return headers
 
 
 def _range_start(headers: Mapping[str, str]) -> int | None:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Iterable
 from loadstone.errors import CheckpointError
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     CONFIG,
-    "generation_config.json",
+    GENERATION,
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",

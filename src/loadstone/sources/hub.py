@@ -26,9 +26,10 @@ from loadstone.telemetry import emit, timed
 from loadstone.units import format_size
 
 from .base import Listing, ModelFiles, NoRouteError, RemoteFile
-from .choose import COMPANIONS, CONFIG, INDEX, SINGLE, TOKENIZER, choose_weights
+from .choose import COMPANIONS, CONFIG, GENERATION, INDEX, LARGEST_INDEX, SINGLE, TOKENIZER, choose_weights
 from .hub_cache import COMMIT, HubCache, cache_root, free_bytes
-from .local import from_folder, read_index
+from .local import SUFFIXES, from_folder, read_index
+from .remote import Headers, RemoteWeights, read_beginnings
 
 if TYPE_CHECKING:
     from loadstone.config import RetryConfig
@@ -80,23 +81,18 @@ def resolve_hub(reference: HubReference, *, offline: bool = False, retry: RetryC
     ResourceError when the disk has no room for them.
     """
     fetch = _Fetch(reference, HubCache(cache_root(), reference.repository), retry)
-    if offline or is_offline():
-        return fetch.cached_or("offline was asked for, and no")
-    if reference.revision and COMMIT.fullmatch(reference.revision):
-        found = fetch.cached()
-        # A commit never changes, so there is nothing to ask; unless a program that needs less fetched it.
-        if found is not None and (reference.variant or (found.folder / TOKENIZER).is_file()):
-            return found
-    try:
-        listing = fetch.list_files()
-    except TransientSourceError as error:
-        found = fetch.cached()
-        if found is None:
-            raise
-        message = f"the cached copy is used: {error.message}"
-        emit("source.warning", model=reference.repository, message=message)
-        return found
-    return fetch.download(listing)
+    found = fetch.cached_or_listed(offline)
+    return found if isinstance(found, ModelFiles) else fetch.download(found)
+
+
+def hub_headers(reference: HubReference, *, offline: bool = False, retry: RetryConfig | None = None) -> Headers:
+    """Return a model's files as `resolve_hub` does, but of weights that are not in the cache only the places.
+
+    Small files are fetched into the cache. Raises what `resolve_hub` raises.
+    """
+    fetch = _Fetch(reference, HubCache(cache_root(), reference.repository), retry)
+    found = fetch.cached_or_listed(offline)
+    return Headers.of_local(found) if isinstance(found, ModelFiles) else fetch.headers(found)
 
 
 @dataclass(frozen=True)
@@ -129,6 +125,25 @@ class _Fetch:
     reference: HubReference
     cache: HubCache
     retry: RetryConfig | None
+
+    def cached_or_listed(self, offline: bool) -> ModelFiles | Listing:
+        """Return the files in the cache, where nothing is to be asked or nobody answers, or else what the Hub has."""
+        if offline or is_offline():
+            return self.cached_or("offline was asked for, and no")
+        if self.reference.revision and COMMIT.fullmatch(self.reference.revision):
+            found = self.cached()
+            # A commit never changes, so there is nothing to ask; unless a program that needs less fetched it.
+            if found is not None and (self.reference.variant or (found.folder / TOKENIZER).is_file()):
+                return found
+        try:
+            return self.list_files()
+        except TransientSourceError as error:
+            found = self.cached()
+            if found is None:
+                raise
+            message = f"the cached copy is used: {error.message}"
+            emit("source.warning", model=self.reference.repository, message=message)
+            return found
 
     def cached(self) -> ModelFiles | None:
         """Return the files in the cache if they are all there, without asking the network."""
@@ -177,10 +192,46 @@ class _Fetch:
         try:
             self.cache.publish(listing, names, self.reference.revision)
         except OSError as error:
-            raise SourceError(
-                f"{self.cache.folder} cannot be written: {error}", hint="Set HF_HOME to a folder that can."
-            ) from error
+            raise self._unwritable(error) from error
         return self._in_snapshot(listing.commit)
+
+    def headers(self, listing: Listing) -> Headers:
+        """Fetch the small files that say what the model is; of the weights return where to read their beginnings."""
+        needed = self._needed(listing)
+        weights = [listing.files[name] for name in needed if name.endswith(SUFFIXES)]
+        small = [listing.files[name] for name in (CONFIG, GENERATION, INDEX) if name in needed]
+        for file in small:
+            if file.size > LARGEST_INDEX:
+                raise CheckpointError(f"{file.name} has {file.size} bytes, more than is believed", file=file.name)
+            self._download(listing, file)
+        snapshot = self.cache.snapshot(listing.commit)
+        try:
+            self.cache.give_names(listing, [file.name for file in small])
+        except OSError as error:
+            raise self._unwritable(error) from error
+        places = tuple(snapshot / file.name for file in weights)
+        files = ModelFiles(self.reference.repository, snapshot, places, self._origin(), listing.commit)
+        missing = [file for file in weights if self.cache.content(listing.commit, file) != snapshot / file.name]
+        remote = {
+            snapshot / file.name: RemoteWeights(file, self._range_reader(listing.commit, file)) for file in missing
+        }
+        with timed("source.headers", model=self.reference.repository, files=len(missing)) as more:
+            read_beginnings(remote.values())
+            more["bytes"] = sum(one.arrived for one in remote.values())
+        to_fetch = self.cache.bytes_missing(listing.commit, (listing.files[name] for name in needed))
+        return Headers(files, remote, sum(file.size for file in weights), to_fetch)
+
+    def _range_reader(self, commit: str, file: RemoteFile) -> Callable[[int, int], bytes]:
+        from . import _huggingface
+
+        def read(start: int, length: int) -> bytes:
+            return self._attempt(
+                f"read the header of {file.name} of {self.reference.repository}",
+                lambda: _huggingface.read_range(self.cache.repository, commit, file, endpoint(), start, length),
+                about={"file": file.name},
+            )
+
+        return read
 
     def _needed(self, listing: Listing) -> list[str]:
         """Return the names of the files that are needed, weights last."""
@@ -252,12 +303,18 @@ class _Fetch:
                 hint="Make room, or set HF_HOME to a folder on a larger disk.",
             )
 
-    def _in_snapshot(self, commit: str) -> ModelFiles:
+    def _unwritable(self, error: OSError) -> SourceError:
+        return SourceError(f"{self.cache.folder} cannot be written: {error}", hint="Set HF_HOME to a folder that can.")
+
+    def _origin(self) -> str:
         where = endpoint()
+        return f"Hub: {self.reference.repository}" + ("" if where == ENDPOINT else f" at {where}")
+
+    def _in_snapshot(self, commit: str) -> ModelFiles:
         return from_folder(
             self.cache.snapshot(commit),
             name=self.reference.repository,
-            origin=f"Hub: {self.reference.repository}" + ("" if where == ENDPOINT else f" at {where}"),
+            origin=self._origin(),
             revision=commit,
             variant=self.reference.variant,
             prefers_q4_k_m=True,

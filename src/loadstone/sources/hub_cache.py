@@ -96,14 +96,18 @@ class HubCache:
 
     def publish(self, listing: Listing, names: Iterable[str], revision: str | None) -> None:
         """Give the blobs of `names` their names in the snapshot, then say where `revision` leads."""
+        self.give_names(listing, names)
+        wanted = revision or DEFAULT_REVISION
+        if wanted != listing.commit and self.commit_of(revision) != listing.commit:
+            _write(self.folder / "refs" / wanted, listing.commit)
+
+    def give_names(self, listing: Listing, names: Iterable[str]) -> None:
+        """Give the blobs of `names` their names in the snapshot; nothing says that it is whole."""
         snapshot = self.snapshot(listing.commit)
         for name in names:
             file = listing.files[name]
             if self.content(listing.commit, file) != snapshot / name:
                 _link(self.blob(file), snapshot / name)
-        wanted = revision or DEFAULT_REVISION
-        if wanted != listing.commit and self.commit_of(revision) != listing.commit:
-            _write(self.folder / "refs" / wanted, listing.commit)
 
     def remove(self, commit: str, names: Iterable[str]) -> int:
         """Remove files of a snapshot, and their content unless another snapshot has it too; return the bytes freed."""

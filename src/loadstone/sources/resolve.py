@@ -11,8 +11,9 @@ from loadstone.telemetry import emit
 
 from . import bundled
 from .base import ModelFiles
-from .hub import HubReference, resolve_hub
+from .hub import HubReference, hub_headers, resolve_hub
 from .local import looks_local, resolve_local
+from .remote import Headers
 
 if TYPE_CHECKING:
     from loadstone.config import RetryConfig
@@ -27,6 +28,26 @@ def resolve(
     What exists as a path is a path. `offline` asks no network. Raises SourceError when the files cannot be
     had, CheckpointError when they are not a model's, ResourceError when they do not fit on the disk.
     """
+    found = _named(model, revision)
+    return resolve_hub(found, offline=offline, retry=retry) if isinstance(found, HubReference) else found
+
+
+def resolve_headers(
+    model: str, *, revision: str | None = None, offline: bool = False, retry: RetryConfig | None = None
+) -> Headers:
+    """Return the files of `model` as far as `checkpoint.inspect` reads them: what is not here is not fetched whole.
+
+    Of weights on a Hub their headers alone are read: kilobytes of safetensors, megabytes of GGUF. Arguments and
+    errors are those of `resolve`.
+    """
+    found = _named(model, revision)
+    if isinstance(found, HubReference):
+        return hub_headers(found, offline=offline, retry=retry)
+    return Headers.of_local(found)
+
+
+def _named(model: str, revision: str | None) -> ModelFiles | HubReference:
+    """Return what a name stands for: files on this machine, or a model on a Hub."""
     if not model.strip() or "\0" in model:
         raise ConfigurationError(f"base_model is {model!r}; name a model", key="base_model")
     if model == bundled.NAME:
@@ -37,7 +58,7 @@ def resolve(
         return resolve_local(model)
     reference = None if looks_local(model) else HubReference.parse(model, revision)
     if reference is not None:
-        return resolve_hub(reference, offline=offline, retry=retry)
+        return reference
     if looks_local(model):
         return resolve_local(model)
     near = difflib.get_close_matches(model, [bundled.NAME, *sorted(os.listdir())], n=3)
