@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
+
+from . import _nvml
+
+DRIVERS = ("nvidia*", "dxg", "kfd", "nvgpu", "nvhost-gpu", "nvmap")
+"""What a driver for GPUs that torch calls CUDA shows in /dev: NVIDIA's, that of WSL, AMD's, and those of Jetsons."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +27,10 @@ class CudaFacts:
     has_kernels: bool
 
 
-def cuda_facts() -> list[CudaFacts] | str:
-    """Return the CUDA devices, or why there are none."""
+def cuda_facts(*, dev: Path = Path("/dev")) -> list[CudaFacts] | str:
+    """Return the CUDA devices, or why there are none; where Linux shows no driver, torch need not be asked."""
+    if sys.platform == "linux" and not any(True for name in DRIVERS for _ in dev.glob(name)):
+        return "no driver for a GPU is loaded"
     import torch
 
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
@@ -39,18 +48,19 @@ def _one(index: int) -> CudaFacts:
     import torch
 
     about = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
+    free = _nvml.free_bytes(str(about.uuid)) if hasattr(about, "uuid") else None
+    if free is None:
+        free = torch.cuda.mem_get_info(index)[0]  # takes a context on the device
     unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    with torch.cuda.device(index):
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return CudaFacts(
         index=index,
         name=about.name,
-        total_bytes=total,
+        total_bytes=about.total_memory,
         free_bytes=free + max(0, unused),
         compute_capability=(about.major, about.minor),
         processors=about.multi_processor_count,
-        has_bfloat16=bfloat16,
+        # torch's own rule (`is_bf16_supported`), which would look at the current device and take a context there.
+        has_bfloat16=torch.version.cuda is None or about.major >= 8,
         has_kernels=_has_kernels(torch.cuda.get_arch_list(), (about.major, about.minor)),
     )
 
@@ -77,7 +87,12 @@ def _has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
 
 
 def mps_memory() -> tuple[int, int] | str:
-    """Return (total, in use) bytes of Apple's GPU as Metal recommends them, or why there is none."""
+    """Return (total, in use) bytes of Apple's GPU as Metal recommends them, or why there is none.
+
+    Metal also bounds each buffer, which torch (2.13) does not tell.
+    """
+    if sys.platform != "darwin":
+        return "MPS is a Mac's"
     import torch
 
     if not torch.backends.mps.is_built():
