@@ -1,6 +1,8 @@
 """Wishes and facts in, a plan out: what will fit, decided by arithmetic before any weight is read."""
 
 from .estimate import Estimate
+from .machines import Machine, find_machine, known_machines
 from .plan import Plan, plan
+from .speed import Expected, expect
 
-__all__ = ["Estimate", "Plan", "plan"]
+__all__ = ["Estimate", "Expected", "Machine", "Plan", "expect", "find_machine", "known_machines", "plan"]
