@@ -26,7 +26,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setenv("LOADSTONE_HOME", str(tmp_path))
     monkeypatch.setattr(speeds, "measure", measure)
-    monkeypatch.setattr(speeds, "_is_busy", lambda _: False)
+    monkeypatch.setattr(speeds, "_is_busy", lambda: False)
     return seen
 
 
@@ -74,7 +74,7 @@ def test_what_is_old_or_cannot_be_is_measured_anew(
 def test_what_was_measured_while_others_worked_is_said_so_and_measured_anew_after_an_hour(
     measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speeds, "_is_busy", lambda _: True)
+    monkeypatch.setattr(speeds, "_is_busy", lambda: True)
     found = machine_speeds(CPU)
     assert found.memory is not None
     assert found.memory.source == "measured here just now, while other programs worked"

@@ -198,7 +198,8 @@ def gguf_bytes(folder: Path, *, texts: int, factors: bool = False) -> bytes:
         add(value)
     writer.add_token_list([f"token {number} of a long vocabulary" for number in range(texts)])
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    tensors = {f"blk.0.{name}.weight": (128, 128) for name in names} | {"token_embd.weight": (64, 128)}
+    tensors = {f"blk.0.{name}.weight": (128, 128) for name in names}
+    tensors["token_embd.weight"] = (16_384 if factors else 64, 128)
     tensors |= {f"blk.0.{name}.weight": (128,) for name in ("attn_norm", "ffn_norm")} | {"output_norm.weight": (128,)}
     for name, shape in tensors.items():
         writer.add_tensor(name, np.zeros(shape, np.float32))

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from loadstone.folders import cache_folder
 from loadstone.telemetry import emit
 from loadstone.units import format_age
@@ -32,6 +34,7 @@ MEASURED = "measured here"
 LEAST_READ, MOST_READ, READ_A_CORE = 192 << 20, 1 << 30, 48 << 20  # bytes: more than processors keep of it themselves
 SIDE = 1024  # rows and columns of the product
 DISK_READ, DISK_PIECE, DISK_THREADS = 96 << 20, 8 << 20, 4
+BUSY_SECONDS = 0.05  # how long it is looked whether others work
 LONGEST = 0.08  # seconds for each of the figures, beside making the numbers
 
 
@@ -61,7 +64,8 @@ class Speeds:
 def machine_speeds(device: Device, file: Path | None = None) -> Speeds:
     """Return the speeds of this machine's processor; of another kind of device only the disk's is known.
 
-    `file` is one on the disk in question. What is not remembered is measured: a fifth of a second for each of the two.
+    `file` is one on the disk in question, or a folder, whose disk may have been measured with a file earlier. What is
+    not remembered is measured: a fifth of a second for each of the three.
     """
     known = _Remembered(cache_folder() / "speeds.json")
     disk = _disk(known, file)
@@ -70,8 +74,9 @@ def machine_speeds(device: Device, file: Path | None = None) -> Speeds:
     key = "; ".join((device.name, f"{device.cores} cores", *sorted(device.capabilities)))
     figures = known.get(key, "memory", "products")
     if figures is None:
+        is_busy = _is_busy()
         found = measure(device.cores)
-        figures = known.put(key, {**found, "busy": 1.0} if _is_busy(device.cores) else found)
+        figures = known.put(key, {**found, "busy": 1.0} if is_busy else found)
     busy = ", while other programs worked" if figures.get("busy") else ""
     said = f"{MEASURED} {format_age(time.time() - figures['measured'])}{busy}"
     return Speeds(Figure(figures["memory"], said), Figure(figures["products"], said), disk)
@@ -116,9 +121,9 @@ def _shortest(action: Callable[[], object]) -> float:
     return best
 
 
-def _is_busy(cores: int) -> bool:
-    """Tell whether other programs have had the half of the cores in the last minute."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
+def _is_busy() -> bool:
+    """Tell whether other programs have a quarter of the processors' time just now."""
+    return psutil.cpu_percent(BUSY_SECONDS) > 25
 
 
 def _disk(known: _Remembered, file: Path | None) -> Figure | None:
@@ -129,7 +134,7 @@ def _disk(known: _Remembered, file: Path | None) -> Figure | None:
         key = f"disk {os.stat(file).st_dev}"
         figures = known.get(key, "disk")
         if figures is None:
-            rate = measure_disk(file)
+            rate = measure_disk(file) if file.is_file() else None
             if rate is None:
                 return None
             figures = known.put(key, {"disk": rate})

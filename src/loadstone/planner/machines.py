@@ -52,7 +52,7 @@ def find_machine(wish: str) -> Machine:
     """
     text = wish.strip().lower()
     if "=" in text:
-        return _described(text)
+        return _described(wish.strip())
     if text in CARDS:
         name, memory, rate, tflops, source = CARDS[text]
         return _card(text, name, memory, Speeds(Figure(rate * GB, source, is_peak=True), _tera(tflops, source)), source)
@@ -110,7 +110,7 @@ def _processor(
 def _described(text: str) -> Machine:
     said: dict[str, Any] = {}
     for part in text.split(","):
-        key, separator, value = (one.strip() for one in part.partition("="))
+        key, separator, value = (one.strip() for one in part.lower().partition("="))
         if key not in _READERS or not separator:
             near = get_close_matches(key, _READERS, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(_READERS)}."
