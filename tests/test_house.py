@@ -26,7 +26,7 @@ HOUSE = (
     ("planner", "light"),
     ("model",),
     ("engine", "bridge"),
-    ("loaded",),
+    ("loaded", "forecast"),
     ("manager",),
     ("cli", "server", "jobs"),
     ("__main__",),
@@ -40,10 +40,10 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingf
 
 PUBLIC = [
     "CheckpointError", "Chunk", "ConfigManager", "ConfigurationError", "ContextLengthError", "Device", "DeviceManager",
-    "Event", "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "ModelLoadError",
+    "Event", "Forecast", "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "ModelLoadError",
     "ModelManager", "ModelNotLoadedError", "QueueFullError", "ResourceError", "SourceError", "Stream",
     "TransientSourceError", "get_device_manager", "get_model_manager", "handle_exceptions", "load_qwen_model",
-    "retry_on_exception", "subscribe",
+    "plan", "retry_on_exception", "subscribe",
 ]  # fmt: skip
 
 FILES = sorted(ROOT.rglob("*.py"))

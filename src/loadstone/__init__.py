@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TransientSourceError,
         handle_exceptions,
     )
+    from .forecast import Forecast, plan
     from .hardware import Device, DeviceManager, get_device_manager
     from .manager import ModelManager, get_model_manager, load_qwen_model
     from .retry import retry_on_exception
@@ -47,6 +48,7 @@ _HOME = {
     "ModelNotLoadedError": "errors", "QueueFullError": "errors", "ResourceError": "errors",
     "SourceError": "errors", "TransientSourceError": "errors",
     "handle_exceptions": "errors",
+    "Forecast": "forecast", "plan": "forecast",
     "Device": "hardware", "DeviceManager": "hardware", "get_device_manager": "hardware",
     "ModelManager": "manager", "get_model_manager": "manager", "load_qwen_model": "manager",
     "retry_on_exception": "retry",
@@ -62,6 +64,7 @@ __all__ = [
     "Device",
     "DeviceManager",
     "Event",
+    "Forecast",
     "GenerationConfig",
     "GenerationError",
     "GenerationResult",
@@ -78,6 +81,7 @@ __all__ = [
     "get_model_manager",
     "handle_exceptions",
     "load_qwen_model",
+    "plan",
     "retry_on_exception",
     "subscribe",
 ]

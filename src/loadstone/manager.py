@@ -23,6 +23,7 @@ from .light import light_files, lighten
 from .loaded import LoadedModel, PreparedModel
 from .memory import forget_frames, give_back
 from .planner import Plan, plan
+from .planner.runtime import RUNTIME_ALLOWANCE
 from .quantization import AUTO, find_strategy
 from .sources import ModelFiles, resolve
 from .startup import importing_torch
@@ -33,8 +34,6 @@ from .telemetry.log import log_event
 if TYPE_CHECKING:  # brings torch
     from .engine import GenerationResult, Stream
     from .engine.engine import Prompt
-
-RUNTIME_ALLOWANCE = 250_000_000  # torch's and LLVM's code, kernels and the tokenizer, measured on Linux
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | ConfigManager | LoadstoneConfig | None
 

@@ -25,6 +25,7 @@ from .doctor import doctor
 from .info import info
 from .options import Session, verbose_option
 from .output import prepare_streams, say, say_error, say_failure
+from .plan import plan
 from .pull import pull
 from .run import run
 
@@ -49,7 +50,7 @@ def loadstone(context: click.Context) -> None:
         context.exit(WRONG_USE)
 
 
-for _command in (run, chat, info, pull, cache, doctor):
+for _command in (run, chat, info, plan, pull, cache, doctor):
     loadstone.add_command(_command)
 
 

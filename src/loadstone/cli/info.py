@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +14,8 @@ from loadstone.units import format_size
 from .entries import SHORT
 from .interrupts import HeldInterrupts
 from .options import configuration, generation_options, load_options, verbose_option
-from .output import Row, heading, rows, write_json
+from .output import heading, rows, write_json
+from .planned import listed, plan_facts, plan_rows, refusal_facts
 from .progress import shown_progress
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _look(wish: ConfigManager) -> dict[str, Any]:
         "max_context": spec.max_context,
         "template": template.origin if template is not None else None,
         "sampling": _sampling(wish, spec),
-        "plan": plan and _plan_facts(plan),
+        "plan": plan and plan_facts(plan),
         "store": plan and _store_facts(wish, spec, plan),
         "refusal": refusal,
     }
@@ -81,8 +82,7 @@ def _plan(wish: ConfigManager, spec: ModelSpec) -> tuple[Plan | None, dict[str, 
     try:
         return ModelManager(wish).plan(spec), None
     except ResourceError as error:
-        needs = {"needed_bytes": error.needed, "allowed_bytes": error.allowed, "would_fit": list(error.would_fit)}
-        return None, {"message": error.message, "hint": error.hint, **needs}
+        return None, refusal_facts(error)
 
 
 def _architecture(spec: ModelSpec) -> dict[str, Any]:
@@ -115,27 +115,6 @@ def _sampling(wish: ConfigManager, spec: ModelSpec) -> dict[str, Any]:
     return tell_generation(*resolve_generation(wish.generation_layers(spec.generation)))
 
 
-def _plan_facts(plan: Plan) -> dict[str, Any]:
-    from loadstone.quantization import find_strategy
-
-    return {
-        "device": plan.device.torch_name,
-        "device_name": plan.device.name,
-        "device_reason": plan.device.reason,
-        "device_passed_over": list(plan.device.passed_over),
-        "strategy": plan.strategy,
-        "strategy_summary": find_strategy(plan.strategy).summary,
-        "context": plan.context,
-        "streams": plan.streams,
-        "forced": plan.forced,
-        "bytes": {
-            "weights": dict(plan.weight_bytes),
-            **plan.other_bytes,
-        },
-        "reasons": list(plan.reasons),
-    }
-
-
 def _store_facts(wish: ConfigManager, spec: ModelSpec, plan: Plan) -> dict[str, Any]:
     """Return whether a load would keep the quantised weights, and the entry that has them already."""
     from loadstone.model import can_be_kept
@@ -159,7 +138,7 @@ def _show(about: Mapping[str, Any]) -> None:
     revision = f", revision {about['revision']}" if about["revision"] else ""
     types = ", ".join(f"{name} {format_size(size)}" for name, size in about["types"].items())
     total, *by_part = about["parameters"].items()
-    parts = _listed((part, count(number)) for part, number in by_part if number)
+    parts = listed((part, count(number)) for part, number in by_part if number)
     sizes = (
         f"{shape['layers']} layers, {shape['hidden_size']} wide, {shape['heads']} heads ({shape['kv_heads']} for "
         f"keys and values) of {shape['head_size']}, vocabulary {shape['vocab_size']}"
@@ -180,26 +159,7 @@ def _show(about: Mapping[str, Any]) -> None:
         rows(out, [("because", about["refusal"]["message"]), ("instead", about["refusal"]["hint"] or "")])
     else:
         heading(out, "plan")
-        rows(out, [*_plan_rows(about["plan"]), ("load", _load(about["store"]))])
-
-
-def _plan_rows(plan: Mapping[str, Any]) -> list[Row]:
-    sizes = plan["bytes"]
-    weights = _listed((part, format_size(size)) for part, size in sizes["weights"].items() if size)
-    working = f"KV cache {format_size(sizes['kv_cache'])}, activations {format_size(sizes['activations'])}, "
-    return [
-        ("device", f"{plan['device']}: {plan['device_name']}"),
-        ("strategy", f"{plan['strategy']}: {plan['strategy_summary']}"),
-        ("context", f"{plan['context']} tokens"),
-        ("weights", f"{format_size(sum(sizes['weights'].values()))}: {weights}"),
-        ("besides", f"{working}runtime {format_size(sizes['runtime'])}"),
-        (
-            "needed",
-            f"{format_size(sizes['load_peak'])} to load, {format_size(sizes['steady'])} to answer; "
-            f"{format_size(sizes['allowed'])} is allowed",
-        ),
-        *(("" if index else "because", reason) for index, reason in enumerate(plan["reasons"])),
-    ]
+        rows(out, [*plan_rows(about["plan"]), ("load", _load(about["store"]))])
 
 
 def _load(store: Mapping[str, Any]) -> str:
@@ -222,7 +182,3 @@ def _value(one: Mapping[str, Any]) -> str:
     if isinstance(value, tuple):
         value = ", ".join(map(repr, value)) or None
     return f"{'none' if value is None else value} ({one['from']})"
-
-
-def _listed(pairs: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} {text}" for name, text in pairs)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-LOAD = ("quantization", "device", "max_memory", "context", "force", "offline")
+LOAD = ("quantization", "device", "max_memory", "context", "streams", "force", "offline")
 GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
 
 

@@ -78,6 +78,16 @@ class Store:
         listed = {name: tensor.digest for name, tensor in spec.tensors.items() if tensor.digest is not None}
         return listed if len(listed) == len(spec.tensors) else self._known.digests(spec, Look.at(spec))
 
+    def has(self, spec: ModelSpec, strategy: str) -> bool:
+        """Tell whether there is an entry with the weights of a checkpoint kept by `strategy`, for any kind of device.
+
+        Reads no weights and needs no torch, which knowing the form on this device would take.
+        """
+        digests = self.digests(spec)
+        if digests is None:
+            return False
+        return any(one.manifest.strategy == strategy and one.manifest.source == digests for one in self.entries())
+
     def find_light(self, model: str, revision: str | None, strategy: str) -> LightModel | None:
         """Return the model of this name whose original weights were not kept, as long as its quantised ones are."""
         found = self.light.find(model, revision, strategy)
