@@ -32,7 +32,7 @@ GOOD_FOR, GOOD_FOR_BUSY = 30 * 86_400, 3600
 
 MEASURED = "measured here"
 LEAST_READ, MOST_READ, READ_A_CORE = 192 << 20, 1 << 30, 48 << 20  # bytes: more than processors keep of it themselves
-SIDE = 1024  # rows and columns of the product
+SIDE, STACK = 64, 1000  # rows and columns of a product, and how many
 DISK_READ, DISK_PIECE, DISK_THREADS = 96 << 20, 8 << 20, 4
 BUSY_SECONDS = 0.05  # how long it is looked whether others work
 LONGEST = 0.08  # seconds for each of the figures, beside making the numbers
@@ -85,7 +85,7 @@ def machine_speeds(device: Device, file: Path | None = None) -> Speeds:
 def measure(cores: int) -> dict[str, float]:
     """Return bytes a second that `cores` threads read from memory, and operations a second of a float32 product."""
     started = time.perf_counter()
-    found = {"memory": _measure_memory(cores), "products": _measure_products()}
+    found = {"memory": _measure_memory(cores), "products": _measure_products(cores)}
     emit("hardware.measured", **found, seconds=time.perf_counter() - started)
     return found
 
@@ -101,12 +101,17 @@ def _measure_memory(cores: int) -> float:
     return sum(part.nbytes for part in parts) / seconds
 
 
-def _measure_products() -> float:
+def _measure_products(cores: int) -> float:
+    """Return the rate of one core, times the cores; as many as there are would wait for one that works for others.
+
+    Small matrices are multiplied in one thread, at the rate of large ones.
+    """
     import numpy as np
 
-    left = np.ones((SIDE, SIDE), np.float32)
-    seconds = _shortest(lambda: left @ left)
-    return 2 * SIDE**3 / seconds
+    stack = np.ones((STACK, SIDE, SIDE), np.float32)
+    result = np.empty_like(stack)
+    seconds = _shortest(lambda: np.matmul(stack, stack, out=result))
+    return cores * 2 * SIDE**3 * STACK / seconds
 
 
 def _shortest(action: Callable[[], object]) -> float:
