@@ -101,6 +101,19 @@ def test_speeds_are_told_with_where_they_are_from(cli):
     assert row["decode_at_most_tok_s"] == pytest.approx(30e9 / row["token_bytes"], rel=0.01)
 
 
+def test_what_the_store_has_already_is_told(cli, store_folder):
+    """Each strategy by itself; a machine that one does not have has no store."""
+
+    def stored():
+        return [row["strategy"] for row in told(cli, "smollm2", "--device", "cpu")[1]["strategies"] if row["in_store"]]
+
+    assert stored() == []
+    assert cli("pull", "smollm2").code == 0
+    assert stored() == ["4bit"]
+    _, about = told(cli, "smollm2", "--as", "laptop-16gb")
+    assert not any(row["in_store"] for row in about["strategies"])
+
+
 def test_a_plan_for_people_has_a_bar_a_table_and_the_reasons(cli):
     """Nothing goes to standard error."""
     ended = cli("plan", "smollm2", "--device", "cpu")

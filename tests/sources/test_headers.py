@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_hub import TOKEN, FakeHub
 
+import loadstone
 from loadstone import ConfigurationError, Event
 from loadstone.checkpoint import inspect
 from loadstone.config import RetryConfig
@@ -111,6 +112,16 @@ def test_a_7b_model_is_known_after_less_than_a_megabyte(large: FakeHub) -> None:
 def test_the_bytes_that_a_load_would_fetch_are_told(large: FakeHub) -> None:
     headers = resolve_headers(MODEL)
     assert headers.missing_bytes == headers.file_bytes
+
+
+def test_a_whole_plan_takes_no_more(large: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another machine, on which it fits in 4 bits and not unquantised."""
+    monkeypatch.setenv("LOADSTONE_HOME", str(tmp_path))
+    found = loadstone.plan(MODEL, machine="cpus=4,ram=16GB,bandwidth=40GB/s")
+    assert (found.verdict, found.missing_bytes) == ("fits", sum(large.claimed_sizes.values()))
+    assert {row.strategy: row.fits for row in found.rows if row.strategy != "8bit"} == {"none": False, "4bit": True}
+    assert not any(row.in_store for row in found.rows)
+    assert large.sent < 1_000_000
 
 
 def test_each_shard_is_asked_for_once_and_only_for_its_beginning(large: FakeHub) -> None:
