@@ -14,7 +14,7 @@ from typing import Any
 
 from .checkpoint import ModelSpec, inspect
 from .config import ConfigManager, LoadConfig, LoadstoneConfig
-from .errors import ConfigurationError, ResourceError
+from .errors import ConfigurationError, ResourceError, handle_exceptions
 from .hardware import Device, MemorySettings, get_device_manager, process_rss
 from .hardware.speeds import Speeds, machine_speeds
 from .light import light_files
@@ -25,6 +25,7 @@ from .quantization import AUTO, find_strategy, known_strategies
 from .quantization.base import Strategy
 from .sources import Headers, resolve_headers
 from .store import open_store
+from .telemetry import emit
 
 FITS, FITS_WITH_LESS, DOES_NOT_FIT = "fits", "fits with less", "does not fit"
 UNBOUNDED = 2**62
@@ -102,8 +103,9 @@ def plan(
     Of a model on a Hub only headers are read. Raises ConfigurationError, SourceError or CheckpointError; that a model
     does not fit is told, not raised.
     """
-    there = None if machine is None else find_machine(machine)
-    return _Forecasting(_configured(model_or_config, settings), there).forecast()
+    with handle_exceptions("plan the model"):
+        there = None if machine is None else find_machine(machine)
+        return _Forecasting(_configured(model_or_config, settings), there).forecast()
 
 
 def _configured(given: Any, settings: Mapping[str, Any]) -> ConfigManager:
@@ -136,6 +138,8 @@ class _Forecasting:
         self.settings: MemorySettings = devices.optimize_memory_settings(self.device)
         self.headers = self._headers(configured)
         self.spec = inspect(self.headers.files, self.headers.remote)
+        # Of a model without its original weights only their list is here.
+        self.file_bytes = self.headers.file_bytes or sum(one.nbytes for one in self.spec.tensors.values())
         # A load's process holds torch; this one may not.
         self.resident = process_rss() if machine is None and self.device.kind == "cpu" else 0
         process = max(PROCESS_BYTES, self.resident) if self.device.kind == "cpu" else 0
@@ -145,7 +149,7 @@ class _Forecasting:
     def forecast(self) -> Forecast:
         """Return all that is told."""
         plan, refusal = self._decided(self.wish)
-        rows = tuple(self._row(name, plan) for name in known_strategies())
+        rows = tuple(self._row(strategy, plan) for strategy in _strategies())
         return Forecast(
             spec=self.spec,
             verdict=self._verdict(plan, refusal),
@@ -156,7 +160,7 @@ class _Forecasting:
             machine=self.machine,
             device=self.device,
             allowed_bytes=rows[0].plan.allowed_bytes if plan is None else plan.allowed_bytes,
-            file_bytes=self.headers.file_bytes,
+            file_bytes=self.file_bytes,
             missing_bytes=self.headers.missing_bytes,
         )
 
@@ -179,15 +183,15 @@ class _Forecasting:
             wish, self.spec, device, self.settings, runtime_bytes=self.runtime_bytes, resident_bytes=self.resident
         )
 
-    def _row(self, name: str, chosen: Plan | None) -> Row:
-        strategy = find_strategy(name)
+    def _row(self, strategy: Strategy, chosen: Plan | None) -> Row:
+        name = strategy.name
         wish = self.wish.model_copy(update={"quantization": name, "force": False})
         found, refusal = (chosen, None) if chosen and chosen.strategy == name else self._decided(wish)
         if found is None:
             found = self._priced(wish, refusal)
         fits = found.needed_bytes <= found.allowed_bytes
         is_kept = self.store is not None and type(strategy).layout is not Strategy.layout
-        expected = expect(found, self.spec, self.speeds, file_bytes=self.headers.file_bytes, is_kept=is_kept)
+        expected = expect(found, self.spec, self.speeds, file_bytes=self.file_bytes, is_kept=is_kept)
         return Row(name, strategy.summary, fits, found, expected, self._is_in_store(name))
 
     def _priced(self, wish: LoadConfig, refusal: ResourceError | None) -> Plan:
@@ -218,6 +222,17 @@ class _Forecasting:
         """Return the largest file of the model, to read a little of, or the folder that it would be in."""
         files = [file for file in self.headers.files.weights if file not in self.headers.remote]
         return max(files, key=lambda file: file.stat().st_size, default=self.headers.files.folder)
+
+
+def _strategies() -> list[Strategy]:
+    """Return all strategies but plug-ins that cannot be imported: one that is broken keeps nobody from a plan."""
+    found = []
+    for name in known_strategies():
+        try:
+            found.append(find_strategy(name))
+        except Exception as error:  # noqa: BLE001 - whatever a plug-in raises
+            emit("plan.warning", strategy=name, reason=f"{type(error).__name__}: {error}")
+    return found
 
 
 def _another_device(device: str, machine: Machine) -> ConfigurationError:
