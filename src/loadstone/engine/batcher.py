@@ -73,6 +73,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._is_draining = False
         self._is_closed = False
+        self._last_left = time.monotonic()
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, *, is_patient: bool = False) -> None:
@@ -107,6 +108,12 @@ class Batcher:
             request.cancellations = self._cancelled
             self._waiting.append(answer)
             self._changed.notify_all()
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the last request ended, as time.monotonic() had it; None while one is waiting or running."""
+        with self._changed:
+            return None if self._waiting or self._running else self._last_left
 
     @property
     def _takes_no_more(self) -> bool:
@@ -392,3 +399,4 @@ class Batcher:
                 self._running.remove(answer)
                 self.prefixes.end(answer.places, [] if is_spoilt else answer.cached)
             self._is_full = False  # there are more places, or another one waits longest
+            self._last_left = time.monotonic()

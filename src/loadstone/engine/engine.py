@@ -15,7 +15,7 @@ from loadstone.checkpoint.template import ChatTemplate
 from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.config import EngineConfig, Sampling
 from loadstone.errors import ConfigurationError
-from loadstone.model import Decoder
+from loadstone.model import Decoder, KVCache
 from loadstone.planner import Plan
 
 from .batcher import Batcher
@@ -107,6 +107,16 @@ class Engine:
     def wait_until_idle(self) -> None:
         """Return when no answer is being made."""
         self._batcher.wait_until_idle()
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the last request ended, or this was made, as time.monotonic() had it; None while answers are made."""
+        return self._batcher.idle_since
+
+    @property
+    def cache(self) -> KVCache | None:
+        """The KV cache, or None once this is closed; look, and let go of it."""
+        return getattr(self._batcher, "cache", None)
 
     def drain(self) -> None:
         """Take no more requests, and return when those under way are answered."""

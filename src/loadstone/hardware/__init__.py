@@ -3,6 +3,7 @@
 from .device import Check, CompatibilityReport, Device, MemorySettings
 from .limits import CgroupLimit, MemoryLimits, memory_limits, peak_rss, process_rss
 from .manager import DeviceManager, get_device_manager
+from .pages import resident_bytes
 from .probes import Probe, register_probe
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "peak_rss",
     "process_rss",
     "register_probe",
+    "resident_bytes",
 ]

@@ -27,16 +27,17 @@ from .pack import pack, warn_of_numbers
 from .recipe import Kept, Part, assemble, parts_of
 
 
-def build(plan: Plan, spec: ModelSpec, store: Store | None = None) -> Decoder:
+def build(plan: Plan, spec: ModelSpec, store: Store | None = None, *, entry: Entry | None = None) -> Decoder:
     """Return the decoder that `plan` describes; `store` is where its weights are looked for and kept.
 
+    `entry` is the one that has them, where that is known: the checkpoint's files are then not looked at.
     Emits `load.progress` while weights are read, `store.hit` or `store.made`, and warnings. Sets how many threads torch
     uses to what the plan says. Whatever it raises, nothing it made remains.
     """
     with _working(plan):
         if store is not None and can_be_kept(plan):
             try:
-                return Keeping(plan, spec, store).decoder()
+                return Keeping(plan, spec, store).decoder(entry)
             except StoreUnavailableError as error:
                 reason = f"the quantised weights are not kept: {error}"
                 emit("store.warning", reason=reason, file=str(store.folder), cause=str(error))

@@ -6,7 +6,7 @@ tokens and their places in the KV cache; nothing of text, requests or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -115,6 +115,22 @@ class Decoder:
             "lm_head": 0 if self.head is self.embedding else self.head.nbytes,
             "norm": sum(vector.nbytes for vector in vectors),
         }
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Go through all tensors that keep weights, with the name of their part; a tied embedding comes once."""
+        matrices = {"embedding": self.embedding} | ({} if self.head is self.embedding else {"lm_head": self.head})
+        vectors = {"norm": self.norm}
+        for index, layer in enumerate(self.layers):
+            at = f"layers.{index}"
+            for name in ("query_key_value", "output", "gate_up", "down"):
+                product = getattr(layer, name)
+                matrices[f"{at}.{name}"] = product.weight
+                vectors[f"{at}.{name}.bias"] = product.bias
+            for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+                vectors[f"{at}.{name}"] = getattr(layer, name)
+        for name, matrix in matrices.items():
+            yield from ((name, tensor) for tensor in matrix.tensors().values())
+        yield from ((name, vector) for name, vector in vectors.items() if vector is not None)
 
     def _vectors(self) -> list[torch.Tensor]:
         """Return all norms and biases."""

@@ -53,12 +53,13 @@ class Keeping:
         self.numbers = {part.name: number for number, part in enumerate(self.parts)}
         self.kind = kind_of(plan, spec)
 
-    def decoder(self) -> Decoder:
+    def decoder(self, known: Entry | None = None) -> Decoder:
         """Return the decoder; raise StoreUnavailableError when what is not there yet cannot be kept.
 
-        What had to be made is written into the store after this returns: see `Decoder.publishing`.
+        `known` is its entry, where somebody has it. What had to be made is written into the store after this returns:
+        see `Decoder.publishing`.
         """
-        if (attached := self._find(self.store.find)) is not None:
+        if (attached := self._find(lambda *_: known, self.store.find)) is not None:
             return self._restored(attached)
         with self._making() as held:
             if (attached := self._find(self.store.find, self.store.find_by_content)) is not None:

@@ -57,10 +57,20 @@ class Attached:
             for is_rare, first, stop in places for start in range(first, stop, STRETCH)
         ])  # fmt: skip
 
-    def close(self) -> None:
-        """Let go of the entry; views that were handed out stay valid, and keep its file mapped."""
-        self.tensors = {}
+    def let_pages_go(self) -> None:
+        """Take the file's pages out of this process; they come back when touched.
+
+        That costs a read unless the system's cache has kept them. Nothing is brought in ahead any more.
+        """
         self._fetching.stop()
+        mapping = self._fetching.mapping()
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Let go of the entry; views that were handed out stay valid, and keep its file mapped but not in memory."""
+        self.tensors = {}
+        self.let_pages_go()
         self._let_go()
 
 
@@ -90,7 +100,7 @@ class _Fetching:
     """
 
     def __init__(self, mapping: mmap.mmap) -> None:
-        self._mapping = weakref.ref(mapping)
+        self.mapping = weakref.ref(mapping)
         self._stretches: Iterator[_Stretch] = iter(())
         self._lock = threading.Lock()
         self._is_over = threading.Event()
@@ -115,7 +125,7 @@ class _Fetching:
         while not self._is_over.is_set():
             with self._lock:
                 stretch = next(self._stretches, None)
-            mapping = self._mapping()
+            mapping = self.mapping()
             if stretch is None or mapping is None:
                 return
             _fetch(mapping, stretch)
