@@ -17,6 +17,7 @@ UNITS = {
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _NAMED_AGES = (("year", 365 * 86_400), ("month", 30 * 86_400), ("day", 86_400), ("hour", 3600), ("minute", 60))
 _NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+)\s*")
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_size(text: str | int) -> int:
@@ -74,6 +75,21 @@ def parse_age(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"{text!r}: an age must be above zero")
     return seconds
+
+
+def parse_duration(text: str) -> float:
+    """Return the number of seconds that `text` names: 300, 90s, 5m, 5min, 2h or 1d; a number alone is seconds.
+
+    Raises ValueError, saying what is wrong, for an unknown unit or what is no number.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write one like 300, 90s, 5m or 2h")
+    number, unit = match.groups()
+    factor = {**SECONDS, "m": 60}.get(unit.lower() or "s")  # nobody means months by how long something is to wait
+    if factor is None:
+        raise ValueError(f"{text!r}: {unit!r} is not a unit of time; known are {', '.join(SECONDS)} and m")
+    return float(number) * factor
 
 
 def format_age(seconds: float) -> str:

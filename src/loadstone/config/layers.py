@@ -124,6 +124,19 @@ def check_key(dotted: str, *, hint: str | None = None) -> None:
     raise ConfigurationError(f"in {section}, {error.message}", key=dotted, hint=hint)
 
 
+def full_key(name: str) -> str:
+    """Return the dotted key of a setting that is named without its section; a section and a dotted key stay.
+
+    Raises ConfigurationError, naming the nearest, for a name that no section has.
+    """
+    if name in SECTIONS or "." in name:
+        return name
+    found = [key for key in known_keys() if key.partition(".")[2] == name]
+    if not found:
+        raise unknown_key(name, [key.partition(".")[2] for key in known_keys()])
+    return found[0]
+
+
 def not_a_mapping(section: str, value: object) -> ConfigurationError:
     """Return the error for a section that is not a mapping of settings."""
     return ConfigurationError(

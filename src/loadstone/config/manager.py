@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,11 +19,15 @@ from .layers import (
     check_section,
     environment_layer,
     find_file,
+    full_key,
     mapping_layer,
     not_a_mapping,
 )
 from .schema import SECTIONS, LoadstoneConfig
 from .wish import show
+
+# Reads layers, weakest first, and says which files it read.
+Reader = Callable[[], tuple[tuple[Layer, ...], tuple[Path, ...]]]
 
 
 class ConfigManager:
@@ -42,11 +47,21 @@ class ConfigManager:
         go over everything; their keys are dotted ("model_config.device") or nested, and a value of None is a
         value.
         """
-        self._layers, self._files = _read_layers(config)
+        self._read: Reader
+        self._over: tuple[Layer, ...] = ()
+        if isinstance(config, ConfigManager):
+            self._read, self._over, said = config._read, config._over, (config._below, config._files)
+        else:
+            self._read = _reader(config)
+            said = self._read()
         if overrides:
-            self._layers = (*self._layers, mapping_layer(overrides, dotted=True))
+            self._over = (*self._over, mapping_layer(overrides, dotted=True))
+        self._settle(*said)
+
+    def _settle(self, below: tuple[Layer, ...], files: tuple[Path, ...]) -> None:
+        self._below, self._files = below, files
         self._entries: dict[str, Entry] = {}
-        for layer in self._layers:
+        for layer in (*below, *self._over):
             self._entries.update(layer)
         self._config = _build(self._entries)
 
@@ -89,34 +104,59 @@ class ConfigManager:
         """Return a manager in which `overrides` go over everything; this one stays as it is."""
         return ConfigManager(self, overrides=overrides)
 
+    def with_settings(self, settings: Mapping[str, Any]) -> ConfigManager:
+        """Return a manager in which `settings` go over everything, named without their section: quantization, top_p.
+
+        A section with a mapping and a dotted key mean what they mean in `with_overrides`.
+        """
+        return self.with_overrides({full_key(name): value for name, value in settings.items()})
+
+    def read_again(self) -> ConfigManager:
+        """Return what files and environment say now, below what the caller gave; this one stays as it is.
+
+        A file that was found is looked for where it was. Raises ConfigurationError as in the beginning.
+        """
+        fresh = copy(self)
+        fresh._settle(*self._read())
+        return fresh
+
     def __repr__(self) -> str:
         """Show the files and what was said, not the defaults."""
         said = ", ".join(f"{key}={show(entry.value)}" for key, entry in self._entries.items())
         return f"ConfigManager(files={[str(file) for file in self._files]}, {said or 'defaults'})"
 
 
-def _read_layers(config: object) -> tuple[tuple[Layer, ...], tuple[Path, ...]]:
-    """Return the layers that `config` stands for, weakest first, and the files that were read."""
-    if isinstance(config, ConfigManager):
-        return config._layers, config._files
+def _reader(config: object) -> Reader:
+    """Return what reads the layers that `config` stands for, weakest first, as often as it is asked."""
     if isinstance(config, LoadstoneConfig):
-        sections = {name: getattr(config, attribute) for name, (attribute, _) in SECTIONS.items()}
-        return (mapping_layer(sections),), ()
+        finished = mapping_layer({name: getattr(config, attribute) for name, (attribute, _) in SECTIONS.items()})
+        return lambda: ((finished,), ())
     if isinstance(config, Mapping):
-        return (environment_layer(os.environ), mapping_layer(config)), ()
+        said = mapping_layer(config)
+        return lambda: ((environment_layer(os.environ), said), ())
     if config is None:
         path = find_file(os.environ)
-        explicit = bool(os.environ.get("LOADSTONE_CONFIG"))
-    elif isinstance(config, (str, os.PathLike)):
-        path, explicit = Path(os.path.expanduser(config)), True
-    else:
-        raise ConfigurationError(
-            f"config is {show(config)}",
-            hint="Give None, a path, a mapping in the file's shape, a ConfigManager or a LoadstoneConfig.",
-        )
-    if path is None:
-        return (environment_layer(os.environ),), ()
-    return (_file_layer(path, explicit=explicit), environment_layer(os.environ)), (path,)
+        return _file_reader(path, explicit=bool(os.environ.get("LOADSTONE_CONFIG"))) if path else _environment_alone
+    if isinstance(config, (str, os.PathLike)):
+        return _file_reader(Path(os.path.expanduser(config)), explicit=True)
+    raise ConfigurationError(
+        f"config is {show(config)}",
+        hint="Give None, a path, a mapping in the file's shape, a ConfigManager or a LoadstoneConfig.",
+    )
+
+
+def _file_reader(path: Path, *, explicit: bool) -> Reader:
+    place = path.absolute()  # the working directory may change
+
+    def read() -> tuple[tuple[Layer, ...], tuple[Path, ...]]:
+        here = path if path.absolute() == place else place
+        return (_file_layer(here, explicit=explicit), environment_layer(os.environ)), (here,)
+
+    return read
+
+
+def _environment_alone() -> tuple[tuple[Layer, ...], tuple[Path, ...]]:
+    return (environment_layer(os.environ),), ()
 
 
 def _file_layer(path: Path, *, explicit: bool) -> Layer:

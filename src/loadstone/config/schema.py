@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, field_validator
 
-from loadstone.units import parse_size
+from loadstone.units import parse_duration, parse_size
 
 from .generation import GenerationConfig
 from .wish import Wish, show
@@ -21,6 +21,7 @@ _DEVICE = re.compile(r"[a-z]+(:(0|[1-9][0-9]{0,3}))?")
 _STRATEGY = re.compile(r"[a-z0-9_-]+")
 _TOKENS = re.compile(r"([0-9]{1,12}) ?([km]?)", re.IGNORECASE)
 _LARGEST_BYTES = 2**63 - 1
+FOREVER = "forever"
 
 
 class LoadConfig(Wish):
@@ -177,6 +178,18 @@ class EngineConfig(Wish):
     queue: int = Field(default=1024, ge=1, le=10_000_000, examples=["1024"])
     """How many requests may wait for their turn; one more is refused with QueueFullError, where `generate_batch`
     waits itself. 1024 by default: who comes later would wait too long to be glad of the answer."""
+
+    keep_alive: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False, examples=['"5m"'])
+    """How long a model stays in memory without a request, in seconds; written as `300`, `5m`, `2h` or `forever`. After
+    that it is let go of, and the next request loads it again; 0 lets it go as soon as it has answered. None, which is
+    `forever`, by default: a program that loads a model means to use it."""
+
+    @field_validator("keep_alive", mode="before")
+    @classmethod
+    def _keep_alive(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return None if value == -1 else value
+        return None if value.strip().lower() in (FOREVER, "-1") else parse_duration(value)
 
 
 class LoadstoneConfig(Wish):
