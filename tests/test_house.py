@@ -27,6 +27,7 @@ HOUSE = (
     ("model",),
     ("engine", "bridge"),
     ("loaded", "forecast"),
+    ("life",),
     ("manager",),
     ("cli", "server", "jobs"),
     ("__main__",),
@@ -40,10 +41,10 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingf
 
 PUBLIC = [
     "CheckpointError", "Chunk", "ConfigManager", "ConfigurationError", "ContextLengthError", "Device", "DeviceManager",
-    "Event", "Forecast", "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "ModelLoadError",
-    "ModelManager", "ModelNotLoadedError", "QueueFullError", "ResourceError", "SourceError", "Stream",
-    "TransientSourceError", "get_device_manager", "get_model_manager", "handle_exceptions", "load_qwen_model",
-    "plan", "retry_on_exception", "subscribe",
+    "Event", "Forecast", "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "MemoryReport",
+    "ModelLoadError", "ModelManager", "ModelNotLoadedError", "QueueFullError", "Receipt", "ResourceError",
+    "SourceError", "Stream", "TransientSourceError", "get_device_manager", "get_model_manager", "handle_exceptions",
+    "load_qwen_model", "plan", "retry_on_exception", "subscribe",
 ]  # fmt: skip
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -653,8 +653,7 @@ def test_memory_is_given_back_between_answers(manager: ModelManager) -> None:
     text = manager.generate("Hi", max_new_tokens=12).text
     assert manager.clear_cache() >= 0
     sizes = manager.optimize_memory()
-    assert set(sizes) == {"before", "after"}
-    assert all(size > 1_000_000 for size in sizes.values())
+    assert all(sizes[name] > 1_000_000 for name in ("before", "after"))
     assert manager.generate("Hi", max_new_tokens=12).text == text
 
 

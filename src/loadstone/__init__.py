@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .forecast import Forecast, plan
     from .hardware import Device, DeviceManager, get_device_manager
+    from .life import MemoryReport, Receipt
     from .manager import ModelManager, get_model_manager, load_qwen_model
     from .retry import retry_on_exception
     from .telemetry import Event, subscribe
@@ -50,6 +51,7 @@ _HOME = {
     "handle_exceptions": "errors",
     "Forecast": "forecast", "plan": "forecast",
     "Device": "hardware", "DeviceManager": "hardware", "get_device_manager": "hardware",
+    "MemoryReport": "life", "Receipt": "life",
     "ModelManager": "manager", "get_model_manager": "manager", "load_qwen_model": "manager",
     "retry_on_exception": "retry",
     "Event": "telemetry", "subscribe": "telemetry",
@@ -69,10 +71,12 @@ __all__ = [
     "GenerationError",
     "GenerationResult",
     "LoadstoneError",
+    "MemoryReport",
     "ModelLoadError",
     "ModelManager",
     "ModelNotLoadedError",
     "QueueFullError",
+    "Receipt",
     "ResourceError",
     "SourceError",
     "Stream",

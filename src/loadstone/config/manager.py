@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from copy import copy
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,8 +27,8 @@ from .layers import (
 from .schema import SECTIONS, LoadstoneConfig
 from .wish import show
 
-# Reads layers, weakest first, and says which files it read.
-Reader = Callable[[], tuple[tuple[Layer, ...], tuple[Path, ...]]]
+Read = tuple[tuple[Layer, ...], tuple[Path, ...]]  # layers, weakest first, and the files that were read
+Reader = Callable[[], Read]
 
 
 class ConfigManager:
@@ -129,34 +130,39 @@ class ConfigManager:
 def _reader(config: object) -> Reader:
     """Return what reads the layers that `config` stands for, weakest first, as often as it is asked."""
     if isinstance(config, LoadstoneConfig):
-        finished = mapping_layer({name: getattr(config, attribute) for name, (attribute, _) in SECTIONS.items()})
-        return lambda: ((finished,), ())
+        sections = {name: getattr(config, attribute) for name, (attribute, _) in SECTIONS.items()}
+        return partial(_said, mapping_layer(sections))
     if isinstance(config, Mapping):
-        said = mapping_layer(config)
-        return lambda: ((environment_layer(os.environ), said), ())
+        return partial(_said_over_environment, mapping_layer(config))
     if config is None:
         path = find_file(os.environ)
-        return _file_reader(path, explicit=bool(os.environ.get("LOADSTONE_CONFIG"))) if path else _environment_alone
+        if path is None:
+            return partial(_said_over_environment, {})
+        return partial(_read_file, path, path.absolute(), explicit=bool(os.environ.get("LOADSTONE_CONFIG")))
     if isinstance(config, (str, os.PathLike)):
-        return _file_reader(Path(os.path.expanduser(config)), explicit=True)
+        path = Path(os.path.expanduser(config))
+        return partial(_read_file, path, path.absolute(), explicit=True)
     raise ConfigurationError(
         f"config is {show(config)}",
         hint="Give None, a path, a mapping in the file's shape, a ConfigManager or a LoadstoneConfig.",
     )
 
 
-def _file_reader(path: Path, *, explicit: bool) -> Reader:
-    place = path.absolute()  # the working directory may change
-
-    def read() -> tuple[tuple[Layer, ...], tuple[Path, ...]]:
-        here = path if path.absolute() == place else place
-        return (_file_layer(here, explicit=explicit), environment_layer(os.environ)), (here,)
-
-    return read
+# Functions of the module, and not within another, so that a manager can be pickled.
 
 
-def _environment_alone() -> tuple[tuple[Layer, ...], tuple[Path, ...]]:
-    return (environment_layer(os.environ),), ()
+def _said(layer: Layer) -> Read:
+    return (layer,), ()
+
+
+def _said_over_environment(layer: Layer) -> Read:
+    return (environment_layer(os.environ), layer), ()
+
+
+def _read_file(path: Path, place: Path, *, explicit: bool) -> Read:
+    """Read the file at `path`, which was at `place` when it was found: the working directory may be another by now."""
+    here = path if path.absolute() == place else place
+    return (_file_layer(here, explicit=explicit), environment_layer(os.environ)), (here,)
 
 
 def _file_layer(path: Path, *, explicit: bool) -> Layer:
