@@ -39,19 +39,31 @@ class Shape:
     intermediate_size: int
     vocab_size: int
     tie_word_embeddings: bool
+    model_type: str = "qwen2"
+    head_dim: int | None = None  # where it is not hidden_size / num_attention_heads
+    sliding_window: int | None = None
+
+    @property
+    def head_size(self) -> int:
+        """How wide a head is."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name and shape of every tensor, in the order in which the Hub's files have them."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        keys = hidden // self.num_attention_heads * self.num_key_value_heads
+        hidden, inner, size = self.hidden_size, self.intermediate_size, self.head_size
+        queries, keys = size * self.num_attention_heads, size * self.num_key_value_heads
         yield "model.embed_tokens.weight", (self.vocab_size, hidden)
         for layer in range(self.num_hidden_layers):
             at = f"model.layers.{layer}"
             yield f"{at}.input_layernorm.weight", (hidden,)
-            for name, rows in (("q", hidden), ("k", keys), ("v", keys)):
+            for name, rows in (("q", queries), ("k", keys), ("v", keys)):
                 yield f"{at}.self_attn.{name}_proj.weight", (rows, hidden)
-                yield f"{at}.self_attn.{name}_proj.bias", (rows,)
-            yield f"{at}.self_attn.o_proj.weight", (hidden, hidden)
+                if self.model_type == "qwen2":
+                    yield f"{at}.self_attn.{name}_proj.bias", (rows,)
+            if self.model_type == "qwen3":
+                for name in ("q", "k"):
+                    yield f"{at}.self_attn.{name}_norm.weight", (size,)
+            yield f"{at}.self_attn.o_proj.weight", (hidden, queries)
             yield f"{at}.post_attention_layernorm.weight", (hidden,)
             yield f"{at}.mlp.gate_proj.weight", (inner, hidden)
             yield f"{at}.mlp.up_proj.weight", (inner, hidden)
@@ -90,16 +102,15 @@ def write_checkpoint(
 
 def _config(shape: Shape) -> dict[str, object]:
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [f"{shape.model_type.capitalize()}ForCausalLM"],
         "torch_dtype": "bfloat16",
-        **vars(shape),
+        **{name: value for name, value in vars(shape).items() if value is not None},
         "hidden_act": "silu",
         "initializer_range": SPREAD,
         "max_position_embeddings": 32_768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
-        "use_sliding_window": False,
+        **({"use_sliding_window": False} if shape.model_type.startswith("qwen") else {}),
         "bos_token_id": 151_643,
         "eos_token_id": 151_645,
     }

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .memory import memory_now
 from .page_cache import ResidentWatch
+from .process_memory import memory_now
 
 RESIDENT_LIMIT_S = 30.0
 

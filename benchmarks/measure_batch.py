@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .answers import Answer, Model, checked, open_model, total
-from .memory import memory_now
+from .process_memory import memory_now
 
 WARM_UP_TOKENS = 4
 

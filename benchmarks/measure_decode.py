@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .answers import Answer, Model, checked, open_model, total
-from .memory import memory_now
+from .process_memory import memory_now
 
 WARM_UP_TOKENS = 4
 ENOUGH_S = 5.0  # of asking; what takes longer is asked once

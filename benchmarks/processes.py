@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from .memory import anonymous_bytes
+from .process_memory import anonymous_bytes
 
 WATCH_S = 0.02  # between two looks at a process's memory
 LAST_WORDS = 3000  # characters of a failed process's errors that are worth telling

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from benchmarks import memory
+from benchmarks import process_memory
 from benchmarks.disk import BUFFER_BYTES, direct_read_rate
 from benchmarks.page_cache import EVICTED_SHARE, ResidentWatch, evict, resident_share, warm
 from benchmarks.processes import ModuleFailed, check_imports, run_module, run_watched
@@ -66,8 +66,8 @@ def test_memory_is_read_from_proc(tmp_path: Path) -> None:
     (tmp_path / "self" / "smaps_rollup").write_text(
         "0-1 ---p 0 00:00 0 [rollup]\nPrivate_Clean: 4 kB\nPrivate_Dirty: 6 kB\nAnonymous: 7 kB\n"
     )
-    assert memory.anonymous_bytes(proc=tmp_path) == 8 * 1024
-    assert memory.memory_now(proc=tmp_path) == {
+    assert process_memory.anonymous_bytes(proc=tmp_path) == 8 * 1024
+    assert process_memory.memory_now(proc=tmp_path) == {
         "peak_rss_bytes": 30 * 1024,
         "rss_bytes": 20 * 1024,
         "private_bytes": 10 * 1024,
@@ -76,7 +76,7 @@ def test_memory_is_read_from_proc(tmp_path: Path) -> None:
 
 
 def test_memory_that_cannot_be_read_is_unknown(tmp_path: Path) -> None:
-    assert set(memory.memory_now(proc=tmp_path).values()) == {None}
+    assert set(process_memory.memory_now(proc=tmp_path).values()) == {None}
 
 
 def write_module(folder: Path, code: str) -> dict[str, str]:

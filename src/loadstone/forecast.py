@@ -7,6 +7,7 @@ torch nor weights; a GPU of this machine is only looked at through torch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from .hardware.speeds import Speeds, machine_speeds
 from .light import light_files
 from .planner import Expected, Machine, Plan, expect, find_machine
 from .planner import plan as decide
-from .planner.runtime import PROCESS_BYTES, RUNTIME_ALLOWANCE
+from .planner.runtime import BARE, TORCH, runtime_bytes
 from .quantization import AUTO, find_strategy, known_strategies
 from .quantization.base import Strategy
 from .sources import Headers, resolve_headers
@@ -140,10 +141,10 @@ class _Forecasting:
         self.spec = inspect(self.headers.files, self.headers.remote)
         # Of a model without its original weights only their list is here.
         self.file_bytes = self.headers.file_bytes or sum(one.nbytes for one in self.spec.tensors.values())
-        # A load's process holds torch; this one may not.
         self.resident = process_rss() if machine is None and self.device.kind == "cpu" else 0
-        process = max(PROCESS_BYTES, self.resident) if self.device.kind == "cpu" else 0
-        self.runtime_bytes = RUNTIME_ALLOWANCE + process
+        has_torch = machine is None and "torch" in sys.modules  # which a load's process has
+        process = (self.resident if machine is None else BARE) + (0 if has_torch else TORCH)
+        self.runtime_bytes = runtime_bytes(self.spec, self.device.kind, process, is_ready=False)
         self.speeds = machine.speeds if machine else machine_speeds(self.device, self._place())
 
     def forecast(self) -> Forecast:
@@ -180,8 +181,9 @@ class _Forecasting:
 
     def _plan(self, wish: LoadConfig, device: Device) -> Plan:
         return decide(
-            wish, self.spec, device, self.settings, runtime_bytes=self.runtime_bytes, resident_bytes=self.resident
-        )
+            wish, self.spec, device, self.settings, runtime_bytes=self.runtime_bytes, resident_bytes=self.resident,
+            is_kept=self._is_in_store,
+        )  # fmt: skip
 
     def _row(self, strategy: Strategy, chosen: Plan | None) -> Row:
         name = strategy.name

@@ -14,6 +14,7 @@ from .checkpoint.tokenizer import Tokenizer
 from .config import GenerationConfig, Sampling, resolve_generation, tell_generation
 from .errors import ConfigurationError
 from .planner import Plan
+from .planner.accuracy import LoadRecord
 from .store import Entry
 
 if TYPE_CHECKING:  # both bring torch
@@ -40,6 +41,7 @@ class LoadedModel:
     bytes: Mapping[str, int]
     phases: Mapping[str, float]
     sampling_layers: Layers
+    record: LoadRecord | None = None
 
     def generate(
         self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _HEAD = re.compile(r"(?P<start>[0-9a-f]+)-(?P<stop>[0-9a-f]+) (?P<permissions>\S+) \S+ \S+ \S+ *(?P<file>.*)")
 
 
@@ -19,6 +20,24 @@ def give_back() -> None:
     gc.collect()
     empty_device_caches()
     trim()
+
+
+@contextmanager
+def exact_allocation() -> Iterator[None]:
+    """Have the C library take large blocks from the system one by one inside, and return each when it is freed.
+
+    Else what many threads free in turns stays in the allocator between what they keep. Afterwards blocks below 32 MB
+    are kept for the next of their size again, as glibc itself does after the first of them. Of glibc alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 32 << 20)
+            mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def let_code_go(library: str = "libllvmlite") -> None:

@@ -92,6 +92,16 @@ def test_context_is_as_long_as_fits() -> None:
     assert has_reason(found, f"context {found.context}: as long as fits")
 
 
+def test_context_auto_is_all_that_the_model_has_where_it_fits() -> None:
+    assert decide(context="auto").context == QWEN.max_context
+
+
+def test_context_auto_is_as_long_as_fits() -> None:
+    found = decide(cpu(8 * GB), context="auto", streams=2)
+    assert 4096 < found.context < QWEN.max_context
+    assert found.needed_bytes <= found.allowed_bytes
+
+
 def test_context_is_no_longer_than_the_model_has() -> None:
     found = decide(spec=tiny(max_context=300))
     assert found.context == 300
@@ -143,7 +153,7 @@ def test_what_would_fit_does_fit() -> None:
 
 def test_refusal_of_a_long_context_offers_a_shorter_one() -> None:
     with pytest.raises(ResourceError) as caught:
-        decide(cpu(9 * GB), context=32_768)
+        decide(cpu(7 * GB), context=32_768)
     (only,) = caught.value.would_fit
     assert only.startswith("quantization 4bit with context ")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -49,10 +49,10 @@ class LoadConfig(Wish):
     """How weights are kept: `none`, `8bit`, `4bit` (also `nf4`), `auto`, or a plug-in's name; empty is
     `none`. `4bit` by default: a quarter of the memory, and so about four times the speed, for little loss."""
 
-    context: int | None = Field(default=None, ge=1, le=2**31, examples=["32k"])
-    """The most tokens that one conversation may have, prompt and answer; `32k` is 32 × 1024. None by
-    default: as long as fits, at most 4096 and at most what the model was trained for, since the KV cache is
-    reserved for it."""
+    context: Annotated[int, Field(ge=1, le=2**31)] | Literal["auto"] | None = Field(default=None, examples=["32k"])
+    """The most tokens that one conversation may have, prompt and answer; `32k` is 32 × 1024, and `auto` as long as
+    fits and the model was trained for. None by default: as long as fits, at most 4096, since the KV cache is reserved
+    for it."""
 
     streams: int = Field(default=1, ge=1, le=4096, examples=["4"])
     """How many conversations are answered at the same time; each reserves its own KV cache, so one by
@@ -116,6 +116,8 @@ class LoadConfig(Wish):
     def _context(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        if value.strip().lower() == "auto":
+            return "auto"
         match = _TOKENS.fullmatch(value.strip())
         if match is None:
             raise ValueError(f"{show(value)} is not a number of tokens; write one like 4096 or 32k")

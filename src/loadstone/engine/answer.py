@@ -72,6 +72,12 @@ class Answer:
             return new, start, 1
         return [self.tokens[-1], *self.drafts], self.length - 1, 1 + len(self.drafts)
 
+    def take_back(self, start: int) -> None:
+        """Undo a turn that began at position `start` and came to nothing."""
+        if not self.tokens:
+            self.read = start
+        self.drafts = []
+
     def result(self, reason: str) -> GenerationResult:
         """Return what was asked for, as it is now, ended for this reason."""
         return GenerationResult(

@@ -25,8 +25,9 @@ from loadstone.errors import (
     QueueFullError,
     ResourceError,
     handle_exceptions,
+    is_out_of_memory,
 )
-from loadstone.memory import forget_frames
+from loadstone.memory import forget_frames, give_back
 from loadstone.model import Decoder, Segment
 from loadstone.quantization.kernels.words import KV_BLOCK
 from loadstone.telemetry import emit
@@ -40,24 +41,26 @@ from .sampling import Sampler, largest_tokens
 from .speculation import MOST, Costs, Drafter
 from .stop import StopStrings
 from .text import TextStream
+from .width import Pressure, Width
 
-MOST_TOGETHER = 64  # sequences in one step; more would make every one of them slow
 LARGEST_STEP = 64  # tokens in one step of decoding, those that are only guessed included
 
 
 class Batcher:
     """Serves requests on one decoder, in a thread of its own that starts with the first.
 
-    `context` is the most tokens one sequence may have; the cache has `cache_tokens` for all together.
+    `context` is the most tokens one sequence may have; the cache has `cache_tokens` for all together, and `chunk`
+    tokens of prompts are read in a step. Nobody joins others while less than `reserve_bytes` are left on the machine.
     """
 
     def __init__(
         self, decoder: Decoder, *, context: int, cache_tokens: int, chunk: int, ends: Sequence[int],
-        new_text: Callable[[], TextStream], spell: Callable[[int], str], wish: EngineConfig,
+        new_text: Callable[[], TextStream], spell: Callable[[int], str], wish: EngineConfig, reserve_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.decoder = decoder
         self.context = context
-        self.chunk = chunk
+        self._widest = self.width = Width(chunk, guesses=wish.speculation)
+        self._pressure = Pressure(reserve_bytes if decoder.device.type == "cpu" else 0)
         self.ends = frozenset(ends)
         self.vocabulary = decoder.embedding.rows
         self.wish = wish
@@ -201,6 +204,8 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._changed:
+                if not self._running:
+                    self.width = self._widest
                 self._changed.wait_for(lambda: self._is_closed or self._waiting or self._running)
                 if self._is_closed:
                     return
@@ -215,9 +220,11 @@ class Batcher:
 
     def _admit(self) -> None:
         """Start waiting requests in their order, as long as the cache has room and there is a chunk to be read."""
-        while self._waiting and not self._is_full and len(self._running) < MOST_TOGETHER:
+        while self._waiting and not self._is_full and len(self._running) < self.width.together:
             answer = self._waiting[0]
             if answer.is_cancelled or not self._may_read(answer.request.prompt):
+                return
+            if self._running and self._pressure.is_felt():
                 return
             answer.places = self.prefixes.begin(answer.request.prompt, answer.room)
             if answer.places is None:
@@ -232,7 +239,7 @@ class Batcher:
     def _may_read(self, prompt: Sequence[int]) -> bool:
         """Tell whether a prompt may be read now: it would be soon, and none that is being read says the same first."""
         reading = [answer for answer in self._running if answer.is_reading]
-        if sum(answer.unread for answer in reading) >= self.chunk:
+        if sum(answer.unread for answer in reading) >= self.width.chunk:
             return False
         if not reading or not self.wish.prefix_reuse:
             return True
@@ -264,8 +271,8 @@ class Batcher:
 
     def _turn(self) -> list[Answer]:
         """Return who is in the next step: all that are answering, and those who read, as far as a chunk goes."""
-        turn = [answer for answer in self._running if not answer.is_reading]
-        left = self.chunk
+        turn = [answer for answer in self._running if not answer.is_reading][: self.width.together]
+        left = self.width.chunk
         for answer in self._running:
             if answer.is_reading and left > 0:
                 turn.append(answer)
@@ -276,11 +283,11 @@ class Batcher:
         if not turn:
             return
         is_decoding = not turn[-1].is_reading
-        if is_decoding:
+        if is_decoding and self.width.guesses:
             self._draft(turn)
         ids: list[int] = []
         segments: list[Segment] = []
-        left = self.chunk
+        left = self.width.chunk
         readers = [answer for answer in turn if answer.is_reading]
         for answer in turn:
             assert answer.places is not None  # it runs
@@ -291,7 +298,14 @@ class Batcher:
             ids.extend(new)
             segments.append(Segment(answer.places.block_table, start, len(new), wanted))
         started = time.perf_counter()
-        logits = self.decoder.forward(ids, segments, self.cache)
+        try:
+            logits = self.decoder.forward(ids, segments, self.cache)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or not self._step_down(error):
+                raise
+            for answer, one in zip(turn, segments, strict=True):
+                answer.take_back(one.start)
+            return
         self._pace = (len(ids), started) if is_decoding else None
         largest: list[int] | list[None] = [None] * len(logits)
         if any(answer.sampler.takes_largest and not answer.is_reading for answer in turn):
@@ -315,10 +329,21 @@ class Batcher:
             self._pace = None
             self._costs.note(rows, time.perf_counter() - started)
 
+    def _step_down(self, short: Exception) -> bool:
+        """Let steps take less memory from now on, until nobody is under way; return False where they cannot."""
+        narrower = self.width.narrower()
+        if narrower is None:
+            return False
+        emit("generate.step_down", reason=str(short), was=str(self.width), now=str(narrower))
+        self.width = narrower
+        forget_frames(short)
+        give_back()
+        return True
+
     def _tell(self, answer: Answer) -> None:
         """Tell how far a prompt is read, when it takes more than one chunk."""
         total = len(answer.request.prompt)
-        if total - answer.known > self.chunk:
+        if total - answer.known > self.width.chunk:
             emit("generate.read", tokens=answer.read, of=total, seconds=time.perf_counter() - answer.started_at)
 
     def _draft(self, turn: list[Answer]) -> None:

@@ -48,6 +48,7 @@ class Engine:
             new_text=lambda: TextStream(tokenizer),
             spell=lambda token: tokenizer.decode([token], skip_special_tokens=False),
             wish=wish or EngineConfig(),
+            reserve_bytes=plan.activation_bytes,
         )
         self.cache_bytes = self._batcher.cache.nbytes  # of the KV cache when it is full
         # Nobody asks an engine that nobody holds. And a thread that outlives the interpreter is torn down inside

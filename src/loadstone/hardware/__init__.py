@@ -1,5 +1,6 @@
 """Facts about the machine: its devices, their memory and what bounds it, and how they are best used."""
 
+from ._torch import may_have_gpu
 from .device import Check, CompatibilityReport, Device, MemorySettings
 from .limits import CgroupLimit, MemoryLimits, memory_limits, peak_rss, process_rss
 from .manager import DeviceManager, get_device_manager
@@ -16,6 +17,7 @@ __all__ = [
     "MemorySettings",
     "Probe",
     "get_device_manager",
+    "may_have_gpu",
     "memory_limits",
     "peak_rss",
     "process_rss",

@@ -27,9 +27,14 @@ class CudaFacts:
     has_kernels: bool
 
 
+def may_have_gpu(*, dev: Path = Path("/dev")) -> bool:
+    """Tell whether looking for a GPU could find one: not on Linux where no driver is loaded."""
+    return sys.platform != "linux" or any(True for name in DRIVERS for _ in dev.glob(name))
+
+
 def cuda_facts(*, dev: Path = Path("/dev")) -> list[CudaFacts] | str:
     """Return the CUDA devices, or why there are none; where Linux shows no driver, torch need not be asked."""
-    if sys.platform == "linux" and not any(True for name in DRIVERS for _ in dev.glob(name)):
+    if not may_have_gpu(dev=dev):
         return "no driver for a GPU is loaded"
     import torch
 

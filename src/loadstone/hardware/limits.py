@@ -7,6 +7,7 @@ first. Knows nothing of models. Everything is in bytes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class CgroupLimit:
 class MemoryLimits:
     """What bounds this process's memory.
 
-    `limit_bytes` is the least of physical memory and all groups' limits; `free_bytes` is what this process
-    can still get on top of what it has, now.
+    `limit_bytes` is the least of physical memory, all groups' limits and the process's own (`ulimit -v` and `-d`);
+    `free_bytes` is what this process can still get on top of what it has, now.
     """
 
     physical_bytes: int
@@ -67,13 +68,32 @@ def memory_limits(*, proc_root: Path = PROC_ROOT, cgroup_root: Path = CGROUP_ROO
         group = _version_2(folder) if version == 2 else _version_1(folder)
         if group is not None:
             groups.append(group)
+    own = list(_own_limits(proc_root))
     return MemoryLimits(
         physical_bytes=memory.total,
         available_bytes=memory.available,
         cgroups=tuple(groups),
-        limit_bytes=min([memory.total, *(group.limit_bytes for group in groups)]),
-        free_bytes=min([memory.available, *(group.free_bytes for group in groups)]),
+        limit_bytes=min([memory.total, *(group.limit_bytes for group in groups), *(limit for limit, _ in own)]),
+        free_bytes=min([memory.available, *(group.free_bytes for group in groups), *(free for _, free in own)]),
     )
+
+
+def _own_limits(proc_root: Path) -> Iterator[tuple[int, int]]:
+    """Yield each limit of this process itself, and what is left of it."""
+    if sys.platform != "linux":
+        return  # elsewhere the system has them, and does not hold to them
+    import resource
+
+    used = {name: int(rest.split()[0]) * 1024 for name, rest in map(_halves, _status_lines(proc_root)) if "kB" in rest}
+    for which, what in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit, _ = resource.getrlimit(which)
+        if limit != resource.RLIM_INFINITY and what in used:
+            yield limit, max(0, limit - used[what])
+
+
+def _halves(line: str) -> tuple[str, str]:
+    name, _, rest = line.partition(":")
+    return name, rest
 
 
 def _version_2(folder: Path) -> CgroupLimit | None:

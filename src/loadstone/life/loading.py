@@ -5,10 +5,11 @@ Knows one configuration, and what a model that is there already holds; who asks 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loadstone.checkpoint import inspect, load_chat_template, load_tokenizer, prepare_tokenizers
@@ -16,17 +17,21 @@ from loadstone.checkpoint.spec import ModelSpec
 from loadstone.checkpoint.template import ChatTemplate
 from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.config import ConfigManager
-from loadstone.errors import ConfigurationError
-from loadstone.hardware import DeviceManager, process_rss
+from loadstone.errors import ConfigurationError, ResourceError, is_out_of_memory
+from loadstone.folders import cache_folder
+from loadstone.hardware import DeviceManager, may_have_gpu, memory_limits, peak_rss, process_rss
 from loadstone.light import light_files, lighten
 from loadstone.loaded import LoadedModel, PreparedModel
-from loadstone.planner import Plan, plan
-from loadstone.planner.runtime import RUNTIME_ALLOWANCE
+from loadstone.memory import forget_frames, give_back
+from loadstone.planner import Plan, plan, runtime_bytes
+from loadstone.planner.accuracy import add_record, allowance_of, kind_of, read_records, record_of
+from loadstone.planner.runtime import LIBRARIES, REST
 from loadstone.quantization import AUTO, find_strategy
 from loadstone.sources import ModelFiles, resolve
 from loadstone.startup import importing_torch
 from loadstone.store import Entry, Store, open_store
-from loadstone.telemetry import timed
+from loadstone.telemetry import emit, timed
+from loadstone.units import format_size
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Loading:
 
     def __init__(self, config: ConfigManager, devices: DeviceManager, ground: Ground | None = None) -> None:
         self.config, self._devices, self._ground = config, devices, ground or Ground()
+        self._rest = REST  # what was planned for beside all that is counted
 
     def load(self) -> LoadedModel:
         """Return the model, ready to answer."""
@@ -75,11 +81,33 @@ class Loading:
         return decided
 
     def build(self, decided: Decided) -> LoadedModel:
-        """Take the steps that come after."""
+        """Take the steps that come after; where memory does not suffice, those of a plan that takes less."""
+        while True:
+            try:
+                return self._build(decided)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                short = error
+            decided = self._step_down(decided, short)
+
+    def _step_down(self, decided: Decided, short: Exception) -> Decided:
+        """Return the same load a rung further down the ladder; raise ResourceError where there is none."""
+        forget_frames(short)
+        give_back()
+        try:
+            lower = self._plan(decided.spec, is_ready=True, below=decided.plan)
+        except ResourceError as refused:
+            raise refused from short
+        was, now = decided.plan.summary, lower.summary
+        emit("load.step_down", model=decided.spec.name, reason=str(short), was=was, now=now)
+        return replace(decided, plan=lower, entry=decided.entry if lower.strategy == decided.plan.strategy else None)
+
+    def _build(self, decided: Decided) -> LoadedModel:
         from loadstone.engine import Engine
         from loadstone.model import build
 
-        phases, decision = dict(decided.phases), decided.plan
+        phases, decision, peak_before = dict(decided.phases), decided.plan, peak_rss()
         with self._phase("build", phases) as made:
             decoder = build(decision, decided.spec, self.store(), entry=decided.entry)
             made["bytes"] = sum(decoder.weight_bytes().values())
@@ -87,7 +115,13 @@ class Loading:
             engine = Engine(decoder, decided.tokenizer, decided.template, decision, self.config.config.engine)
         layers = self.config.generation_layers(decided.spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
-        return LoadedModel(decided.spec, decision, decoder, decided.tokenizer, engine, taken, phases, layers)
+        record = record_of(
+            decided.spec, decision, sum(phases.values()), allowance=self._rest, from_store=decoder.attached is not None
+        )  # fmt: skip
+        if (peak := peak_rss()) > peak_before and not record.from_store and decision.device.kind == "cpu":
+            record = replace(record, load_peak=peak)
+        add_record(cache_folder(), record)
+        return LoadedModel(decided.spec, decision, decoder, decided.tokenizer, engine, taken, phases, layers, record)
 
     def prepare(self, *, keep_original: bool) -> PreparedModel:
         """See that files and quantised weights are on this machine; see `ModelManager.prepare_model`."""
@@ -101,6 +135,7 @@ class Loading:
 
     def _decide(self, phases: dict[str, float], *, may_be_light: bool = True) -> tuple[ModelFiles, Decided]:
         self._check_wish()
+        self._check_room_for_libraries()
         with self._phase("resolve", phases) as found:
             files = self.resolve(may_be_light=may_be_light)
             found["bytes"] = _bytes_of(files)
@@ -110,7 +145,7 @@ class Loading:
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
             torch_is_there()
         with self._phase("plan", phases):
-            return files, Decided(spec, tokenizer, template, self.plan(spec), phases)
+            return files, Decided(spec, tokenizer, template, self._plan(spec, is_ready=True), phases)
 
     def _keep(self, decided: Decided) -> tuple[Entry | None, bool, str | None]:
         """Return the store's entry for a plan and whether it was made now, or why there is none."""
@@ -132,23 +167,39 @@ class Loading:
 
     def plan(self, spec: ModelSpec | None = None) -> Plan:
         """Return how the model would be loaded here, in the place of one that is there already."""
-        wish = self.config.config.model
         with importing_torch() as torch_is_there:  # looking for a GPU takes it, and its memory counts
             spec = spec or inspect(self.resolve())
             torch_is_there()
+        return self._plan(spec, is_ready=False)
+
+    def _plan(self, spec: ModelSpec, *, is_ready: bool, below: Plan | None = None) -> Plan:
+        """Return the plan; `is_ready` says that torch and the tokenizer are there, `below` what was too much."""
+        wish, store = self.config.config.model, self.store()
         device = self._devices.resolve(wish.device)
         settings = self._devices.optimize_memory_settings(device)
-        runtime, resident = self._without_model(device.torch_name)
-        return plan(wish, spec, device, settings, runtime_bytes=runtime, resident_bytes=resident)
+        has_kernels = True
+        if is_ready and device.kind == "cpu":
+            from loadstone.quantization.kernels.cpu import cpu_kernels
 
-    def _without_model(self, device: str) -> tuple[int, int]:
-        """Return what this process takes on `device` beside the model, and what it has there now, in bytes."""
-        ground = self._ground
-        if device != "cpu":
-            return RUNTIME_ALLOWANCE, ground.held if device == ground.device else 0
-        resident = process_rss()
+            has_kernels = cpu_kernels() is not None  # brought in now, so that what they take is seen
+        ground, resident = self._ground, process_rss() if device.kind == "cpu" else 0
         process = resident if ground.process is None else ground.process
-        return max(process, ground.settled or process + RUNTIME_ALLOWANCE), resident
+        self._rest = allowance_of(read_records(cache_folder()), kind_of(device, settings), otherwise=REST).bytes
+        runtime = runtime_bytes(
+            spec, device.kind, process, is_ready=is_ready, has_kernels=has_kernels, rest=self._rest
+        )  # fmt: skip
+        if device.kind == "cpu":
+            runtime = max(process, ground.settled or runtime)
+        elif device.torch_name == ground.device:
+            resident = ground.held
+
+        def is_kept(strategy: str) -> bool:
+            return store is not None and store.has(spec, strategy)
+
+        return plan(
+            wish, spec, device, settings,
+            runtime_bytes=runtime, resident_bytes=resident, is_kept=is_kept, below=below,
+        )  # fmt: skip
 
     def store(self) -> Store | None:
         """Return the configured store, or None where it is switched off."""
@@ -163,6 +214,24 @@ class Loading:
         if wish.device != AUTO:  # it is always right, and looking for a GPU takes torch
             with self._naming("model_config.device"):
                 self._devices.resolve(wish.device)
+
+    def _check_room_for_libraries(self) -> None:
+        """Refuse what not even the libraries fit in, before they are brought in: the system would end the process."""
+        if "torch" in sys.modules:
+            return
+        wish = self.config.config.model
+        allowed, which = memory_limits().free_bytes + process_rss(), "what this process may have"
+        is_cpu = wish.device == "cpu" or (wish.device == AUTO and not may_have_gpu())
+        if is_cpu and wish.max_memory is not None and wish.max_memory < allowed:
+            allowed, which = wish.max_memory, "max_memory"
+        if allowed < LIBRARIES and not wish.force:
+            raise ResourceError(
+                f"Python with torch takes {format_size(LIBRARIES)} without any model, and {format_size(allowed)} is "
+                f"allowed ({which}).",
+                needed=LIBRARIES,
+                allowed=allowed,
+                hint="Allow more: raise max_memory, or the limit of the container or of ulimit.",
+            )
 
     @contextmanager
     def _naming(self, key: str) -> Iterator[None]:

@@ -6,10 +6,13 @@ import gc
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loadstone.folders import cache_folder
 from loadstone.loaded import LoadedModel
 from loadstone.memory import give_back, let_code_go
+from loadstone.planner.accuracy import add_record
 from loadstone.telemetry import timed
 
 from .holders import UNKNOWN, Search
@@ -38,6 +41,7 @@ def retire(tenure: Tenure, *, reason: str, cancel: bool = False) -> Receipt:
                 tenure.wait_for_leases()
                 model.engine.drain()
         finally:  # also when Ctrl-C ends the wait
+            leaving.remember(model)
             tenure.model = None
             tenure.close()
             model.engine.close()
@@ -60,6 +64,11 @@ class Retiring:
         self._before = footprint(self._pieces)
         # Each is held by the one before it.
         self._shells = [weakref.ref(one) for one in (model, model.engine, model.decoder)]
+
+    def remember(self, model: LoadedModel) -> None:
+        """Write down what the process had beside the model, which later plans learn from."""
+        if model.record is not None and model.plan.device.kind == "cpu":
+            add_record(cache_folder(), replace(model.record, beside=footprint(self._pieces).other))
 
     def receipt(self) -> Receipt:
         """Return what came of it; call when nobody should have the model any more."""

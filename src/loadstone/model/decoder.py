@@ -159,6 +159,8 @@ class Decoder:
         `ids` are the new tokens of all segments, one after the other. Their keys and values are added to `cache`.
         """
         self._check(segments, cache)
+        if self.attached is not None:
+            self.attached.note_lookups(len(ids))
         step = self.steps.setdefault(cache, Steps()).of(self, cache, segments, len(ids))
         x = step(self, ids, segments) if step is not None else self._read(ids, segments, cache)
         return self.head(x, norm=self.norm, epsilon=self.norm_epsilon).float()

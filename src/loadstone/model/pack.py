@@ -19,6 +19,7 @@ from loadstone.checkpoint.disk import Buffer
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.checkpoint.weights import Piece, float_types
 from loadstone.checkpoint.workers import in_threads, own_stream
+from loadstone.memory import exact_allocation
 from loadstone.planner import Plan
 from loadstone.quantization import find_strategy
 from loadstone.quantization.base import Packing
@@ -79,10 +80,11 @@ class _Packer:
         self._lock = threading.Lock()
 
     def run(self) -> dict[str, str]:
-        in_threads(
-            self._tasks(), self._work, buffer_bytes=self.weights.piece_bytes, is_pinned=self.device.type == "cuda",
-            around=lambda: _computing_alone(self.device),
-        )  # fmt: skip
+        with exact_allocation():
+            in_threads(
+                self._tasks(), self._work, buffer_bytes=self.weights.piece_bytes, is_pinned=self.device.type == "cuda",
+                around=lambda: _computing_alone(self.device),
+            )  # fmt: skip
         return self.digests.by_name()
 
     def _tasks(self) -> Iterator[tuple[_Making, int, Piece]]:

@@ -15,6 +15,7 @@ from loadstone.checkpoint.workers import thread_count
 from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
 from loadstone.quantization.kernels.words import KV_BLOCK
+from loadstone.store.attached import RARELY_USED_BYTES
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec, TensorInfo
@@ -25,8 +26,10 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 ACTIVATION_MARGIN = 0.25
 # Weights that are read together and kept as one product: gate and up (q, k and v are smaller).
 STACKED = 2
-# What unpacking a few rows at a time takes on the processor, at most.
-ROWS_AT_A_TIME = 64 << 20
+# Tokens in one step of decoding, and how many of them one text can have, with what is guessed.
+LARGEST_STEP, GUESSED = 64, 16
+LOGITS_COPIES = 8  # of one row: scaled, sorted, their probabilities
+NOTED = 400  # bytes for a token of a text: its number, where it came before, the block of the cache that it is in
 
 # What all tokens of a decoding step may see of the cache together, copied side by side for one layer, at most. On the
 # processor it is less than unpacking takes, which is over by then, since copies cost more there than calls do.
@@ -35,7 +38,7 @@ GATHERED_ON_CPU = 16 << 20
 
 _FLOAT = 4  # intermediate results are counted as float32, whatever type the products are made in
 _HIDDEN_COPIES = 6  # residual, normed, attention's and the MLP's results, and the sums of the two
-_UNPACKING = 24  # bytes a number: packed, unpacked, and what lies between
+_UNPACKING = 12  # bytes a number: packed, unpacked, and what lies between in the threads that are at it
 _PLAIN_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -103,31 +106,49 @@ def cache_tokens(context: int, streams: int) -> int:
 def estimate_activations(
     spec: ModelSpec, settings: MemorySettings, device_kind: str, *, context: int, streams: int
 ) -> int:
-    """Return the bytes that the largest step needs beside weights and cache: reading a chunk of a prompt.
+    """Return the bytes that the largest step needs beside weights and cache: a chunk of a prompt, and all who answer.
 
-    Counts one layer, since each layer's results are given up before the next: its states, the scores of its
-    attention, a packed weight made whole for a product (on the processor a few rows of it), and the logits
-    of the last position of each stream. Tables of positions are counted here too.
+    Counts one layer, since each layer's results are given up before the next: its states, its attention, and the
+    logits. Tables of positions, and what is noted of each token of a text, are counted here too.
     """
-    compute = dtype_bytes(settings.compute_dtype)
-    tokens = max(min(settings.prefill_chunk, context), streams)
+    tokens = min(settings.prefill_chunk, context) + min(streams, LARGEST_STEP)
+    logits = (min(max(streams, GUESSED), LARGEST_STEP) + LOGITS_COPIES) * spec.vocab_size * _FLOAT
+    positions = context * spec.head_size * dtype_bytes(settings.compute_dtype)  # cosines and sines, half a head each
+    noted = NOTED * cache_tokens(context, streams)
+    if device_kind == "cpu":
+        step = _cpu_step(spec, settings, tokens, context)
+    else:
+        step = _accelerator_step(spec, settings, device_kind, tokens, context)
+    counted = step + logits + positions
+    return round(counted * (1 + ACTIVATION_MARGIN)) + noted
+
+
+def _cpu_step(spec: ModelSpec, settings: MemorySettings, tokens: int, context: int) -> int:
+    """Return the bytes of a step on the processor.
+
+    A step of decoding has buffers of its own, which stay. Attention of a chunk takes a text's keys and values together
+    as they are kept, and in the compute type; torch makes its scores block by block, and only the mask is whole, as
+    truth values and as numbers.
+    """
+    widest = max(spec.intermediate_size, spec.hidden_size)
+    attention = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_size  # queries, keys and values, and what is seen
+    row = 4 * spec.hidden_size + attention + 2 * spec.intermediate_size + 2 * widest
+    gathered = spec.kv_heads * spec.head_size * context * (2 * _FLOAT + dtype_bytes(settings.cache_dtype))
+    mask = tokens * context * (1 + _FLOAT)
+    scores = settings.threads * context * _FLOAT
+    return (tokens + LARGEST_STEP) * row * _FLOAT + gathered + mask + scores
+
+
+def _accelerator_step(spec: ModelSpec, settings: MemorySettings, device_kind: str, tokens: int, context: int) -> int:
+    """Return the bytes of a step on an accelerator, where a packed weight is made whole for a product of many rows."""
     hidden = _HIDDEN_COPIES * spec.hidden_size
     rotated = 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_size  # before and after rotation
     inner = 3 * spec.intermediate_size  # gate, up and their product
-    logits = 2 * spec.vocab_size * streams  # and their probabilities
-    if device_kind == "cpu":
-        # torch's attention on the processor makes scores block by block; only the mask is whole, as truth
-        # values and as numbers. A step of one token makes its own scores, and their softmax.
-        scores = tokens * context * (1 + _FLOAT) + 2 * spec.heads * context * _FLOAT
-        unpacked = ROWS_AT_A_TIME
-    else:
-        scores = tokens * spec.heads * context * _FLOAT
-        unpacked = _stacked(spec) * compute
-    positions = context * spec.head_size * compute  # cosines and sines, half a head each
+    scores = tokens * spec.heads * context * _FLOAT
+    unpacked = _stacked(spec) * dtype_bytes(settings.compute_dtype)
     # Steps that are recorded have memory of their own, which nothing else uses.
     recorded = unpacked + GATHERED if device_kind == "cuda" else 0
-    step = (tokens * (hidden + rotated + inner) + logits) * _FLOAT + scores + unpacked + positions + recorded
-    return round(step * (1 + ACTIVATION_MARGIN))
+    return tokens * (hidden + rotated + inner) * _FLOAT + scores + unpacked + recorded
 
 
 def gathered_bytes(device_kind: str) -> int:
@@ -157,7 +178,7 @@ def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings,
         return 2 * largest * dtype_bytes(settings.compute_dtype)
     if not strategy.needs_whole_weights:
         # Scales are float32 until all of a weight's are known; two or three weights are in the making at a time.
-        return buffers + _stacked(spec) // 4
+        return buffers + _stacked(spec) // 2
 
     def held(tensor: TensorInfo) -> int:
         return tensor.elements * _bytes_as_read(tensor)
@@ -210,11 +231,15 @@ class Estimator:
         device_kind: str,
         streams: int,
         runtime_bytes: int,
+        is_kept: bool = False,
     ) -> None:
         self._spec, self._settings, self._kind = spec, settings, device_kind
         self._streams, self._runtime = streams, runtime_bytes
         self._weights = estimate_weights(spec, strategy, settings, device_kind)
-        self._loading = estimate_load(spec, strategy, settings, device_kind)
+        is_mapped = is_kept and device_kind == "cpu"
+        if is_mapped and not spec.tied_embeddings:
+            self._weights["embedding"] = min(self._weights["embedding"], RARELY_USED_BYTES)
+        self._loading = 0 if is_mapped else estimate_load(spec, strategy, settings, device_kind)
 
     def at(self, context: int) -> Estimate:
         """Return what `context` tokens a stream take."""

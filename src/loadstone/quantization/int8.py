@@ -94,11 +94,12 @@ class _TurnedPacking(Packing):
         self.dtype, self.kernels = dtype, kernels
 
     def add(self, first: int, rows: torch.Tensor) -> None:
-        import torch
+        from .turned import turn_in_strips
 
-        numbers = torch.empty(rows.shape, dtype=torch.int8)
-        self.kernels.quantize_int8(rows, numbers, self.scales[first : first + len(rows)])
-        self.kernels.turn(numbers, self.turned, first)
+        def quantize(part: torch.Tensor, numbers: torch.Tensor, where: slice) -> None:
+            self.kernels.quantize_int8(part, numbers, self.scales[where])
+
+        turn_in_strips(self.kernels, rows, self.turned, first, quantize)
 
     def finish(self) -> Linear:
         return restore_int8({"turned": self.turned, "scales": self.scales}, self.dtype)

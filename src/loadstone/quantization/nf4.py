@@ -136,11 +136,12 @@ class _TurnedPacking(Packing):
         self.absmax = torch.empty(rows, columns // BLOCK)
 
     def add(self, first: int, rows: torch.Tensor) -> None:
-        import torch
+        from .turned import turn_in_strips
 
-        codes = torch.empty(len(rows), rows.shape[1] // 2, dtype=torch.uint8)
-        self.kernels.quantize_nf4(rows, codes, self.absmax[first : first + len(rows)])
-        self.kernels.turn(codes, self.turned, first)
+        def quantize(part: torch.Tensor, codes: torch.Tensor, where: slice) -> None:
+            self.kernels.quantize_nf4(part, codes, self.absmax[where])
+
+        turn_in_strips(self.kernels, rows, self.turned, first, quantize)
 
     def finish(self) -> Linear:
         from .linear import TurnedNf4Linear

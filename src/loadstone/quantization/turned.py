@@ -5,14 +5,38 @@ So a vector is loaded in one piece, and a thread reads memory from beginning to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 
 from .codes import LANES, padded
+
+if TYPE_CHECKING:
+    from .kernels.cpu import CpuKernels
+
+STRIP_NUMBERS = 1 << 18  # quantised and then turned: both find them in the core's cache
 
 
 def turned_space(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     """Return memory for rows of `size` bytes when they are turned: groups × words × 16 × 4, zeros."""
     return torch.zeros(padded(rows) // LANES, size // 4, LANES, 4, dtype=dtype)
+
+
+def turn_in_strips(
+    kernels: CpuKernels, rows: torch.Tensor, turned: torch.Tensor, first: int,
+    quantize: Callable[[torch.Tensor, torch.Tensor, slice], object],
+) -> None:  # fmt: skip
+    """Quantise rows of a weight and lay them turned at rows [first, first + len(rows)) of `turned`, a few at a time.
+
+    `quantize(rows, space, where)` writes some rows into `space`, one after the other; `where` they are in the weight.
+    """
+    step = max(1, STRIP_NUMBERS // rows.shape[1])
+    space = torch.empty(min(step, len(rows)), turned.shape[1] * 4, dtype=turned.dtype)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        quantize(part, space[: len(part)], slice(first + start, first + start + len(part)))
+        kernels.turn(space[: len(part)], turned, first + start)
 
 
 def turned_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python has no name for it
 PAGE = mmap.ALLOCATIONGRANULARITY
 THREADS = 4  # that fetch pages: as many reads as keep a disk busy
+RARELY_USED_BYTES = 64 << 20  # of tensors of which few rows are used at a time, that this process has at most
 
 
 class Attached:
@@ -45,17 +46,43 @@ class Attached:
         self.tensors: dict[str, torch.Tensor] = {name: _view(mapping, tensor) for name, tensor in header.items()}
         self._places = {name: range(tensor.offset, tensor.offset + tensor.nbytes) for name, tensor in header.items()}
         self._fetching = _Fetching(mapping)
+        self._rarely_used: Collection[str] = ()
+        self._rows_left = 0  # that may be looked up before pages go
 
     def bring_in(self, *, rarely_used: Collection[str] = ()) -> None:
         """Start to bring all pages into memory, from the disk where they are not there yet; return at once.
 
         Tensors of which few rows are ever used come last, and only into the system's memory, not this process's.
         """
+        self._rarely_used = rarely_used
+        self._rows_left = self._rows_at_once() if rarely_used else 0
         places = sorted((name in rarely_used, place.start, place.stop) for name, place in self._places.items())
         self._fetching.start([
             _Stretch(start, min(start + STRETCH, stop), is_mapped=not is_rare)
             for is_rare, first, stop in places for start in range(first, stop, STRETCH)
         ])  # fmt: skip
+
+    def note_lookups(self, rows: int) -> None:
+        """Take note that so many rows of what is rarely used were read; all of its pages go before they are too many.
+
+        They stay in the system's memory: the next row costs a page fault, a millionth of a second or less.
+        """
+        if not self._rarely_used:
+            return
+        self._rows_left -= rows
+        mapping = self._fetching.mapping()
+        if self._rows_left > 0 or mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        self._rows_left = self._rows_at_once()
+        for name in self._rarely_used:
+            start = -(-self._places[name].start // PAGE) * PAGE
+            if (length := self._places[name].stop - start) > 0:
+                mapping.madvise(mmap.MADV_DONTNEED, start, length)
+
+    def _rows_at_once(self) -> int:
+        """Return how many rows are read before pages are let go: each may touch a page more than it fills."""
+        used = [self.tensors[name] for name in self._rarely_used]
+        return RARELY_USED_BYTES // sum(tensor.nbytes // max(1, len(tensor)) + 2 * PAGE for tensor in used)
 
     def let_pages_go(self) -> None:
         """Take the file's pages out of this process; they come back when touched.

@@ -14,11 +14,11 @@ QUIET = frozenset({"download.progress", "load.progress", "store.progress", "stor
 
 
 def log_event(event: Event) -> None:
-    """Write one event at INFO (progress at DEBUG, `*.retry`, `*.warning` and failures at WARNING).
+    """Write one event at INFO (progress at DEBUG; `*.retry`, `*.warning`, `*.step_down` and failures at WARNING).
 
     The record carries the event's fields as `record.loadstone`, so that a handler can write them its own way.
     """
-    failed = event.fields.get("ok") is False or event.name.endswith((".retry", ".warning"))
+    failed = event.fields.get("ok") is False or event.name.endswith((".retry", ".warning", ".step_down"))
     level = logging.DEBUG if event.name in QUIET else logging.WARNING if failed else logging.INFO
     text = " ".join(f"{key}={_plain(value)}" for key, value in event.fields.items())
     logger.log(level, "%s %s", event.name, text, extra={"loadstone": {"event": event.name, **event.fields}})

@@ -1,0 +1,29 @@
+"""The ways to keep and serve a model, from the best to the least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Best quality first; a plug-in is used only when asked for by name.
+LADDER = ("none", "8bit", "4bit")
+# More context than this is kept only when asked for: it costs memory from the start, and few prompts need it.
+CONTEXT_UNLESS_ASKED = 4096
+SHORTEST_CONTEXT = 512
+SMALLEST_CHUNK = 16  # tokens of a prompt at a time; fewer would save next to nothing
+
+
+@dataclass(frozen=True)
+class Way:
+    """A strategy, how many prompt tokens are read at a time, and how many streams are served."""
+
+    strategy: str
+    chunk: int
+    streams: int
+
+
+def smaller(number: int, least: int) -> Iterator[int]:
+    """Yield half of a number, half of that and so on, down to `least`."""
+    while number > least:
+        number = max(number // 2, least)
+        yield number
