@@ -355,12 +355,12 @@ def test_memory_running_out_is_a_resource_error(model: LoadedModel) -> None:
     with watched_engine(model) as (engine, watched):
 
         def fail(number: int) -> None:
-            if number == 1:
-                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
         watched.before = fail
         with pytest.raises(ResourceError, match="can't allocate memory"):
             engine.generate("Hi", SHORT)
+        watched.before = lambda number: None
         assert engine.generate("Hi", SHORT).text
 
 

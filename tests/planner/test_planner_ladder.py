@@ -12,13 +12,16 @@ from model_shapes import CPU_SETTINGS, GB, GPU_SETTINGS, cpu, qwen_7b
 from loadstone.config import LoadConfig
 from loadstone.errors import ResourceError
 from loadstone.hardware import Device
-from loadstone.planner import Plan, plan
+from loadstone.planner import Below, Plan, plan
 
 QWEN = qwen_7b()
 
 
 def decide(below: Plan | None = None, *, free: int = 64 * GB, **wish: Any) -> Plan:
-    return plan(LoadConfig(**wish), QWEN, cpu(free), CPU_SETTINGS, runtime_bytes=GB // 2, resident_bytes=0, below=below)
+    return plan(
+        LoadConfig(**wish), QWEN, cpu(free), CPU_SETTINGS, runtime_bytes=GB // 2, resident_bytes=0,
+        below=below and Below(below),
+    )  # fmt: skip
 
 
 def rungs(**wish: Any) -> list[Plan]:
@@ -57,6 +60,19 @@ def test_context_that_was_not_asked_for_gets_shorter() -> None:
 def test_quantization_gets_stronger_only_when_it_is_auto() -> None:
     assert {one.strategy for one in rungs(quantization="8bit")} == {"8bit"}
     assert list(dict.fromkeys(one.strategy for one in rungs(quantization="auto"))) == ["none", "8bit", "4bit"]
+
+
+def test_weights_that_were_too_much_alone_are_quantised_or_refused() -> None:
+    def again(**wish: Any) -> Plan:
+        first = decide(**wish)
+        return plan(
+            LoadConfig(**wish), QWEN, cpu(64 * GB), CPU_SETTINGS, runtime_bytes=GB // 2, resident_bytes=0,
+            below=Below(first, in_weights=True),
+        )  # fmt: skip
+
+    assert again(quantization="auto", streams=4).strategy == "8bit"
+    with pytest.raises(ResourceError):
+        again(quantization="8bit", streams=4)
 
 
 def test_the_last_step_is_a_refusal_with_numbers() -> None:

@@ -23,7 +23,7 @@ from loadstone.hardware import DeviceManager, may_have_gpu, memory_limits, peak_
 from loadstone.light import light_files, lighten
 from loadstone.loaded import LoadedModel, PreparedModel
 from loadstone.memory import forget_frames, give_back
-from loadstone.planner import Plan, plan, runtime_bytes
+from loadstone.planner import Below, Plan, plan, runtime_bytes
 from loadstone.planner.accuracy import add_record, allowance_of, kind_of, read_records, record_of
 from loadstone.planner.runtime import LIBRARIES, REST
 from loadstone.quantization import AUTO, find_strategy
@@ -68,6 +68,7 @@ class Loading:
 
     def __init__(self, config: ConfigManager, devices: DeviceManager, ground: Ground | None = None) -> None:
         self.config, self._devices, self._ground = config, devices, ground or Ground()
+        self._has_weights = False
         self._rest = REST  # what was planned for beside all that is counted
 
     def load(self) -> LoadedModel:
@@ -83,6 +84,7 @@ class Loading:
     def build(self, decided: Decided) -> LoadedModel:
         """Take the steps that come after; where memory does not suffice, those of a plan that takes less."""
         while True:
+            self._has_weights = False
             try:
                 return self._build(decided)
             except Exception as error:
@@ -96,7 +98,8 @@ class Loading:
         forget_frames(short)
         give_back()
         try:
-            lower = self._plan(decided.spec, is_ready=True, below=decided.plan)
+            below = Below(decided.plan, in_weights=not self._has_weights)
+            lower = self._plan(decided.spec, is_ready=True, below=below)
         except ResourceError as refused:
             raise refused from short
         was, now = decided.plan.summary, lower.summary
@@ -111,6 +114,7 @@ class Loading:
         with self._phase("build", phases) as made:
             decoder = build(decision, decided.spec, self.store(), entry=decided.entry)
             made["bytes"] = sum(decoder.weight_bytes().values())
+        self._has_weights = True
         with self._phase("ready", phases):
             engine = Engine(decoder, decided.tokenizer, decided.template, decision, self.config.config.engine)
         layers = self.config.generation_layers(decided.spec.generation)
@@ -170,9 +174,9 @@ class Loading:
         with importing_torch() as torch_is_there:  # looking for a GPU takes it, and its memory counts
             spec = spec or inspect(self.resolve())
             torch_is_there()
-        return self._plan(spec, is_ready=False)
+        return self._plan(spec, is_ready=self._ground.settled > 0)  # who has loaded before has all but the model
 
-    def _plan(self, spec: ModelSpec, *, is_ready: bool, below: Plan | None = None) -> Plan:
+    def _plan(self, spec: ModelSpec, *, is_ready: bool, below: Below | None = None) -> Plan:
         """Return the plan; `is_ready` says that torch and the tokenizer are there, `below` what was too much."""
         wish, store = self.config.config.model, self.store()
         device = self._devices.resolve(wish.device)

@@ -7,9 +7,9 @@ sequences that begin alike can hold the same blocks. Who holds which block, and 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from loadstone.quantization.kernels.words import KV_BLOCK
@@ -75,6 +75,8 @@ def block_table_of(blocks: Sequence[int]) -> torch.Tensor:
 def _lazy(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu" or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
-    # numpy asks the system for zero pages and touches none of them.
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    # Pages straight from the system: they come one by one as tokens do, and go when nobody has the tensor any more.
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)

@@ -18,6 +18,7 @@ from loadstone.checkpoint import open_weights
 from loadstone.checkpoint.spec import ModelSpec
 from loadstone.memory import give_back
 from loadstone.planner import Plan
+from loadstone.planner.estimate import RARELY_USED_BYTES
 from loadstone.quantization import find_strategy
 from loadstone.store import Attached, Draft, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
 from loadstone.telemetry import Progress, emit
@@ -179,7 +180,9 @@ class Keeping:
     def _on_device(self, attached: Attached) -> Mapping[str, torch.Tensor]:
         if self.device.type == "cpu":
             rarely = () if self.spec.tied_embeddings else attached.entry.manifest.parts["embedding"]["tensors"]
-            attached.bring_in(rarely_used=rarely)  # a prompt of a hundred tokens looks up a hundred rows
+            attached.bring_in(
+                rarely_used=rarely, at_most=RARELY_USED_BYTES
+            )  # a prompt of a hundred tokens looks up a hundred rows
             return attached.tensors
         return attached.entry.load(self.device)
 

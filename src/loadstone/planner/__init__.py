@@ -2,12 +2,14 @@
 
 from .deciding import plan
 from .estimate import Estimate
+from .ladder import Below
 from .machines import Machine, find_machine, known_machines
 from .plan import Plan
 from .runtime import runtime_bytes
 from .speed import Expected, expect
 
 __all__ = [
+    "Below",
     "Estimate",
     "Expected",
     "Machine",

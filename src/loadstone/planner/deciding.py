@@ -19,7 +19,7 @@ from loadstone.quantization import AUTO, find_strategy
 from loadstone.units import format_size
 
 from .estimate import Estimate, Estimator
-from .ladder import CONTEXT_UNLESS_ASKED, LADDER, SHORTEST_CONTEXT, SMALLEST_CHUNK, Way, smaller
+from .ladder import CONTEXT_UNLESS_ASKED, LADDER, SHORTEST_CONTEXT, SMALLEST_CHUNK, Below, Way, smaller
 from .plan import Plan
 from .refusal import refusal
 
@@ -37,14 +37,14 @@ def plan(
     runtime_bytes: int,
     resident_bytes: int | None = None,
     is_kept: Callable[[str], bool] = lambda strategy: False,
-    below: Plan | None = None,
+    below: Below | None = None,
 ) -> Plan:
     """Return how `wish` is met for `spec` on `device`, or raise ResourceError saying what would fit.
 
     `runtime_bytes` is what the process takes on that device besides the model: on the processor its memory
     before the load and an allowance. `resident_bytes` is what it holds there already (measured when None on
     the processor), which counts as used in `device.free_bytes` and is this process's own. `is_kept` tells whether the
-    store has the weights in a strategy already, so that loading needs no memory beside them. `below` is a plan that
+    store has the weights in a strategy already, so that loading needs no memory beside them. `below` names a plan that
     memory did not suffice for: what is returned then takes less. Raises ConfigurationError for a context that the
     model does not have.
     """
@@ -87,16 +87,18 @@ class Deciding:
             return self._forced(way, estimate)
         raise refusal(self, way)
 
-    def step_down(self, plan: Plan) -> Plan:
+    def step_down(self, below: Below) -> Plan:
         """Return the next rung below a plan that memory did not suffice for, or raise ResourceError.
 
         First prompts are read in smaller chunks, then fewer streams are served, then the context is shorter unless it
-        was asked for, then the quantization is stronger where it is `auto`.
+        was asked for, then the quantization is stronger where it is `auto`. Where the weights alone were too much, the
+        last is the only rung.
         """
+        plan = below.plan
         if self.allowed >= plan.needed_bytes:
             self.allowed = plan.needed_bytes - 1
             self.allowed_reason = f"less than the {format_size(plan.needed_bytes)} that memory did not suffice for"
-        for way, context in self._rungs(plan):
+        for way, context in () if below.in_weights else self._rungs(plan):
             estimate = self.estimator(way).at(context)
             if estimate.needed_bytes <= self.allowed:
                 return self._made(way, context, estimate, self._reasons_down(way, context))

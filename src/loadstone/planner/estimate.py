@@ -15,7 +15,6 @@ from loadstone.checkpoint.workers import thread_count
 from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
 from loadstone.quantization.kernels.words import KV_BLOCK
-from loadstone.store.attached import RARELY_USED_BYTES
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec, TensorInfo
@@ -24,6 +23,8 @@ PARTS = ("linear", "lm_head", "embedding", "norm")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # Added to what a step needs, for what an allocator keeps between tensors of different sizes.
 ACTIVATION_MARGIN = 0.25
+# Of an embedding that is only looked up in, and stays in the store's file: what the process has of it at most.
+RARELY_USED_BYTES = 64 << 20
 # Weights that are read together and kept as one product: gate and up (q, k and v are smaller).
 STACKED = 2
 # Tokens in one step of decoding, and how many of them one text can have, with what is guessed.

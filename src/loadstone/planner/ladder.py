@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .plan import Plan
+
 # Best quality first; a plug-in is used only when asked for by name.
 LADDER = ("none", "8bit", "4bit")
 # More context than this is kept only when asked for: it costs memory from the start, and few prompts need it.
@@ -20,6 +22,14 @@ class Way:
     strategy: str
     chunk: int
     streams: int
+
+
+@dataclass(frozen=True)
+class Below:
+    """A plan that memory did not suffice for, and whether the weights alone were too much."""
+
+    plan: Plan
+    in_weights: bool = False
 
 
 def smaller(number: int, least: int) -> Iterator[int]:

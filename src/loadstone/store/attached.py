@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python has no name for it
 PAGE = mmap.ALLOCATIONGRANULARITY
 THREADS = 4  # that fetch pages: as many reads as keep a disk busy
-RARELY_USED_BYTES = 64 << 20  # of tensors of which few rows are used at a time, that this process has at most
 
 
 class Attached:
@@ -47,14 +46,16 @@ class Attached:
         self._places = {name: range(tensor.offset, tensor.offset + tensor.nbytes) for name, tensor in header.items()}
         self._fetching = _Fetching(mapping)
         self._rarely_used: Collection[str] = ()
-        self._rows_left = 0  # that may be looked up before pages go
+        self._at_most = self._rows_left = 0  # bytes of it, and rows that may be looked up before pages go
 
-    def bring_in(self, *, rarely_used: Collection[str] = ()) -> None:
+    def bring_in(self, *, rarely_used: Collection[str] = (), at_most: int = 0) -> None:
         """Start to bring all pages into memory, from the disk where they are not there yet; return at once.
 
-        Tensors of which few rows are ever used come last, and only into the system's memory, not this process's.
+        Tensors of which few rows are ever used come last, and only into the system's memory; as they are looked up,
+        this process has `at_most` bytes of them.
         """
         self._rarely_used = rarely_used
+        self._at_most = at_most
         self._rows_left = self._rows_at_once() if rarely_used else 0
         places = sorted((name in rarely_used, place.start, place.stop) for name, place in self._places.items())
         self._fetching.start([
@@ -82,7 +83,7 @@ class Attached:
     def _rows_at_once(self) -> int:
         """Return how many rows are read before pages are let go: each may touch a page more than it fills."""
         used = [self.tensors[name] for name in self._rarely_used]
-        return RARELY_USED_BYTES // sum(tensor.nbytes // max(1, len(tensor)) + 2 * PAGE for tensor in used)
+        return self._at_most // sum(tensor.nbytes // max(1, len(tensor)) + 2 * PAGE for tensor in used)
 
     def let_pages_go(self) -> None:
         """Take the file's pages out of this process; they come back when touched.
