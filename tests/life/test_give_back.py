@@ -272,7 +272,7 @@ def test_the_kv_cache_that_was_touched_comes_back(roomy: ModelManager) -> None:
     assert cache is not None
     touched = resident_bytes((one.data_ptr(), one.nbytes) for one in (cache.keys, cache.values))
     assert touched is not None
-    assert touched > 4_000_000
+    assert touched > 1_000_000
     del cache
     before = process_rss()
     report = roomy.optimize_memory()

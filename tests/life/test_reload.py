@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,16 @@ from loadstone import (
     ResourceError,
 )
 from loadstone.checkpoint.weights import Weights
-from loadstone.life import Loading
+from loadstone.life import Loading, life
 
 CONTEXT = 256
-BESIDES = 10_000_000  # bytes beyond what one model needs: less than another one would
 
 
 @pytest.fixture
-def tight(small_model: Path) -> Iterator[ModelManager]:
-    """A manager in whose memory there is room for one model, and not for two; loaded, and its weights are stored."""
-    wide = ModelManager(config_of(small_model, context=CONTEXT))
-    wide.load_base_model()  # what a first load of the process takes is there now
-    wide.unload_model()
-    needed = wide.plan().needed_bytes + BESIDES
-    with ModelManager(config_of(small_model, context=CONTEXT, max_memory=needed)) as manager:
+def tight(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelManager]:
+    """A manager that is told of no room for two models; loaded, and its weights are stored."""
+    monkeypatch.setattr(life, "_fit_together", lambda *_: False)  # models this small would fit ten times
+    with ModelManager(config_of(small_model, context=CONTEXT)) as manager:
         manager.load_base_model()
         yield manager
 
@@ -306,3 +303,11 @@ def test_reloading_again_and_again_needs_no_more_memory(tight: ModelManager) -> 
         tight.generate("Hi")
         tight.reload_model()
     assert tight.get_model_info()["planned_bytes"]["runtime"] == first
+
+
+def test_two_models_fit_together_where_their_sum_is_allowed(manager: ModelManager) -> None:
+    _, old = manager.load_base_model()
+    held = sum(old.bytes.values()) + old.plan.activation_bytes
+    enough = old.plan.needed_bytes + held
+    assert life._fit_together(replace(old.plan, allowed_bytes=enough), old)
+    assert not life._fit_together(replace(old.plan, allowed_bytes=enough - 1), old)
