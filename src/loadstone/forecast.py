@@ -16,12 +16,14 @@ from typing import Any
 from .checkpoint import ModelSpec, inspect
 from .config import ConfigManager, LoadConfig, LoadstoneConfig
 from .errors import ConfigurationError, ResourceError, handle_exceptions
+from .folders import cache_folder
 from .hardware import Device, MemorySettings, get_device_manager, process_rss
 from .hardware.speeds import Speeds, machine_speeds
 from .light import light_files
 from .planner import Expected, Machine, Plan, expect, find_machine
 from .planner import plan as decide
-from .planner.runtime import BARE, TORCH, runtime_bytes
+from .planner.accuracy import Allowance, allowance_of, kind_of, read_records
+from .planner.runtime import BARE, REST, TORCH, runtime_bytes
 from .quantization import AUTO, find_strategy, known_strategies
 from .quantization.base import Strategy
 from .sources import Headers, resolve_headers
@@ -55,7 +57,8 @@ class Forecast:
 
     `verdict` is "fits" (as wished), "fits with less" (less context than by default, or only what `would_fit` names), or
     "does not fit". `plan` is what a load would do, None where it would be refused: then `refusal` says why. `machine`
-    is the one that was asked about, None for this one. `missing_bytes` would have to be fetched first.
+    is the one that was asked about, None for this one. `missing_bytes` would have to be fetched first. `learned` is
+    what earlier loads here taught of what a process takes beside all that can be counted.
     """
 
     spec: ModelSpec
@@ -69,6 +72,7 @@ class Forecast:
     allowed_bytes: int
     file_bytes: int
     missing_bytes: int
+    learned: Allowance
 
     @property
     def chosen(self) -> Row | None:
@@ -144,7 +148,11 @@ class _Forecasting:
         self.resident = process_rss() if machine is None and self.device.kind == "cpu" else 0
         has_torch = machine is None and "torch" in sys.modules  # which a load's process has
         process = (self.resident if machine is None else BARE) + (0 if has_torch else TORCH)
-        self.runtime_bytes = runtime_bytes(self.spec, self.device.kind, process, is_ready=False)
+        records = read_records(cache_folder()) if machine is None else []
+        self.learned = allowance_of(records, kind_of(self.device, self.settings), otherwise=REST)
+        self.runtime_bytes = runtime_bytes(
+            self.spec, self.device.kind, process, is_ready=False, rest=self.learned.bytes
+        )  # fmt: skip
         self.speeds = machine.speeds if machine else machine_speeds(self.device, self._place())
 
     def forecast(self) -> Forecast:
@@ -163,6 +171,7 @@ class _Forecasting:
             allowed_bytes=rows[0].plan.allowed_bytes if plan is None else plan.allowed_bytes,
             file_bytes=self.file_bytes,
             missing_bytes=self.headers.missing_bytes,
+            learned=self.learned,
         )
 
     def _headers(self, configured: ConfigManager) -> Headers:

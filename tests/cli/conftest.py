@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -66,15 +67,22 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start a command as a process of its own; it is killed at the end of the test if it still runs."""
+    """Start a command as a process of its own; it is killed at the end of the test if it still runs.
+
+    It hears Ctrl-C also where the tests themselves were started without, as in the background of a shell.
+    """
     started: list[subprocess.Popen[bytes]] = []
 
     def run(*arguments: str, **more: Any) -> subprocess.Popen[bytes]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         command = [sys.executable, "-m", "loadstone", *arguments]
-        started.append(subprocess.Popen(command, **{**pipes, **more}))
+        started.append(subprocess.Popen(command, preexec_fn=_hear_interrupts, **{**pipes, **more}))
         return started[-1]
 
     yield run

@@ -264,3 +264,24 @@ def test_blocks_are_drawn_where_the_locale_has_them(locale, is_plain, home):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
     assert ("█" not in done.stdout) is is_plain
     assert ("= KV cache" in done.stdout) is is_plain
+
+
+# -- what earlier loads took ------------------------------------------------------------------------------------------
+
+
+def test_what_loads_took_is_told_beside_what_was_planned(cli, smollm2, small_model):
+    from loadstone import ModelManager
+
+    with ModelManager({"model_config": {"base_model": str(small_model), "context": 64}}) as manager:
+        manager.load_base_model()
+    ended = cli("plan", "--accuracy", "--json")
+    assert ended.code == 0
+    last = json.loads(ended.out)["loads"][-1]
+    assert (last["model"], last["strategy"], last["context"]) == ("small-model", "4bit", 64)
+    assert last["beside"] > 100_000_000
+    assert last["too_high_by"]
+    assert "small-model" in cli("plan", "--accuracy").out
+
+
+def test_a_model_is_needed_for_a_plan(cli):
+    assert cli("plan").code == 2

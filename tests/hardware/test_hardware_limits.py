@@ -182,3 +182,17 @@ def test_peak_is_the_process_own_and_not_its_parents() -> None:
 
 def test_peak_falls_back_when_the_kernel_does_not_tell(tmp_path: Path) -> None:
     assert peak_rss(proc_root=tmp_path) >= process_rss() // 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing holds a process to it")
+def test_limit_of_the_process_itself_counts() -> None:
+    """What `ulimit -d` leaves is what can still be had."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (800_000_000, 800_000_000))\n"
+        "from loadstone.hardware import memory_limits\n"
+        "found = memory_limits(); print(found.limit_bytes, found.free_bytes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    limit, free = map(int, done.stdout.split())
+    assert limit == 800_000_000
+    assert 0 < free < limit

@@ -15,7 +15,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from loadstone.checkpoint.disk import FileReader
+from loadstone.checkpoint.disk import PAGE, FileReader
+from loadstone.hardware import resident_bytes
 from loadstone.store import Attached, DamagedError, Entry, Store
 from loadstone.store.entry import MANIFEST, WEIGHTS
 from loadstone.telemetry import Event
@@ -352,6 +353,27 @@ def test_an_entry_in_use_is_never_removed(tmp_path: Path, store: Store) -> None:
     used.close()
     assert store.remove(first)
     assert store.entries() == []
+
+
+def test_pages_of_rows_that_were_looked_up_go_before_they_are_too_many(tmp_path: Path, store: Store) -> None:
+    """And what is looked up stays what it is."""
+    loads.load(tiny.write(tmp_path / "model", "llama", vocab_size=20_000), store).release()
+    attached = Attached(only(store))
+    (name,) = attached.entry.manifest.parts["embedding"]["tensors"][:1]
+    embedding = attached.tensors[name]
+    whole = [(embedding.data_ptr(), embedding.nbytes)]
+    before = embedding.clone()
+    attached.bring_in(rarely_used=[name], at_most=3 << 20)  # three rows, if each brings a megabyte with it
+    for thread in attached._fetching._threads:
+        thread.join()
+    for row in (0, 19_999, 7_000):
+        attached.note_lookups(1)
+        assert torch.equal(embedding[row], before[row])
+    assert (resident_bytes(whole) or 0) > 0
+    attached.note_lookups(1)
+    assert resident_bytes(whole) in (0, PAGE, 2 * PAGE)  # pages that it shares with its neighbours stay
+    assert torch.equal(embedding, before)
+    attached.close()
 
 
 def test_a_limit_is_kept_without_being_asked(tmp_path: Path, store: Store) -> None:

@@ -10,6 +10,7 @@ import click
 from loadstone.errors import ConfigurationError, ResourceError
 from loadstone.units import format_size
 
+from .accuracy import tell_accuracy
 from .bar import BLOCKS, characters_for_terminal, draw
 from .entries import SHORT
 from .interrupts import HeldInterrupts
@@ -31,7 +32,7 @@ TITLES = (
 
 
 @click.command(short_help="Tell whether a model fits, and how fast it would be.")
-@click.argument("model")
+@click.argument("model", required=False)
 @load_options
 @click.option("--streams", type=int, metavar="N", help="How many conversations are answered at the same time.")
 @click.option(
@@ -39,14 +40,20 @@ TITLES = (
     help="Plan for another machine: a name like rtx-3060-12gb, m2-16gb or laptop-16gb, or "
     "cpus=4,ram=16GB,bandwidth=40GB/s, or vram=12GB,bandwidth=360GB/s.",
 )  # fmt: skip
+@click.option("--accuracy", is_flag=True, help="Tell what earlier loads were planned to take here, and took.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of text.")
 @verbose_option
-def plan(model: str, machine: str | None, as_json: bool, **said: Any) -> None:
+def plan(model: str | None, machine: str | None, accuracy: bool, as_json: bool, **said: Any) -> None:
     """Tell whether MODEL fits, what each strategy would take, and how fast it would be.
 
     Only headers are read: of a model on a Hub kilobytes, or megabytes where it is a GGUF file. Exits with 0 when a load
     would go ahead, and with 4 when it would be refused (`info` tells the same, and exits with 0 then too).
     """
+    if accuracy:
+        tell_accuracy(as_json=as_json)
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
     wish = configuration(model, said)
     with shown_progress("Looking at the model"):
         with HeldInterrupts():
@@ -88,6 +95,7 @@ def _as_json(found: Forecast) -> dict[str, Any]:
         "plan": found.plan and plan_facts(found.plan),
         "refusal": found.refusal and refusal_facts(found.refusal),
         "would_fit": list(found.would_fit),
+        "learned": vars(found.learned),
         "strategies": [_row_facts(row, found) for row in found.rows],
         "machine": _machine_facts(found),
     }
@@ -229,6 +237,10 @@ def _notes(found: Forecast) -> list[Row]:
     text = f"first token after a prompt of {PROMPT_TOKENS} tokens; tok/s of one stream at {half} tokens"
     fetching = "; first load after fetching" if found.missing_bytes else ""
     told = [("expected", text + fetching)]
+    if found.learned.loads:
+        low, high = map(format_size, found.learned.too_high)
+        text = f"from {found.learned.loads} loads here: plans like these would have been {low} to {high} too high"
+        told.append(("learned", text))
     return told + [("not known", reason) for reason in unknown]
 
 

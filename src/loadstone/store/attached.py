@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python has no name for it
 PAGE = mmap.ALLOCATIONGRANULARITY
+AROUND = 1 << 20  # bytes that Linux may map around a page that is touched: 64 KB, or all that it cached in one piece
 THREADS = 4  # that fetch pages: as many reads as keep a disk busy
 
 
@@ -81,9 +82,9 @@ class Attached:
                 mapping.madvise(mmap.MADV_DONTNEED, start, length)
 
     def _rows_at_once(self) -> int:
-        """Return how many rows are read before pages are let go: each may touch a page more than it fills."""
+        """Return how many rows are read before pages are let go: the system maps some around each that is touched."""
         used = [self.tensors[name] for name in self._rarely_used]
-        return self._at_most // sum(tensor.nbytes // max(1, len(tensor)) + 2 * PAGE for tensor in used)
+        return max(1, self._at_most // sum(tensor.nbytes // max(1, len(tensor)) + AROUND for tensor in used))
 
     def let_pages_go(self) -> None:
         """Take the file's pages out of this process; they come back when touched.
