@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class _Forecasting:
         self.runtime_bytes = runtime_bytes(
             self.spec, self.device.kind, process, is_ready=False, rest=self.learned.bytes
         )  # fmt: skip
+        self._is_in_store = cache(self._look_in_store)  # asked for every way of every row
         self.speeds = machine.speeds if machine else machine_speeds(self.device, self._place())
 
     def forecast(self) -> Forecast:
@@ -220,7 +222,7 @@ class _Forecasting:
         wished = self._priced(self.wish.model_copy(update={"quantization": plan.strategy}), None)
         return FITS if plan.context >= wished.context and plan.streams >= wished.streams else FITS_WITH_LESS
 
-    def _is_in_store(self, strategy: str) -> bool:
+    def _look_in_store(self, strategy: str) -> bool:
         """Tell whether the store of this machine has the weights kept this way."""
         if self.store is None or self.machine is not None:
             return False

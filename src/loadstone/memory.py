@@ -8,7 +8,7 @@ import mmap
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -29,7 +29,7 @@ def exact_allocation() -> Iterator[None]:
     Else what many threads free in turns stays in the allocator between what they keep. Afterwards blocks below 32 MB
     are kept for the next of their size again, as glibc itself does after the first of them. Of glibc alone.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _of_glibc("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 1 << 20)
     try:
@@ -86,10 +86,13 @@ def empty_device_caches() -> None:
 
 def trim() -> None:
     """Have the C library return free pages to the system: glibc does so when asked, others by themselves."""
-    if sys.platform == "linux":
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if malloc_trim is not None:
-            malloc_trim(0)
+    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of glibc's allocator, or None where another C library is."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def device_memory() -> tuple[int, int]:

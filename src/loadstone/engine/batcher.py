@@ -29,6 +29,7 @@ from loadstone.errors import (
 )
 from loadstone.memory import forget_frames, give_back
 from loadstone.model import Decoder, Segment
+from loadstone.planner.estimate import LARGEST_STEP
 from loadstone.quantization.kernels.words import KV_BLOCK
 from loadstone.telemetry import emit
 
@@ -42,8 +43,6 @@ from .speculation import MOST, Costs, Drafter
 from .stop import StopStrings
 from .text import TextStream
 from .width import Pressure, Width
-
-LARGEST_STEP = 64  # tokens in one step of decoding, those that are only guessed included
 
 
 class Batcher:

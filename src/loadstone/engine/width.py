@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, replace
 
 from loadstone.hardware import memory_limits
+from loadstone.planner.ladder import SMALLEST_CHUNK
 
-SMALLEST_CHUNK = 16
 MOST_TOGETHER = 64  # sequences in one step; more would make every one of them slow
 LOOK_S = 0.25  # between two looks at the machine's memory
 

@@ -76,7 +76,7 @@ class Deciding:
 
     def decide(self) -> Plan:
         """Return the plan, forced where that was asked for, or raise ResourceError."""
-        asked = None if self.wish.quantization == "auto" else find_strategy(self.wish.quantization).name
+        asked = None if self.wish.quantization == AUTO else find_strategy(self.wish.quantization).name
         choice = self._fitting(asked, f"quantization {asked}: as asked") if asked else self._best_quality()
         if choice is not None:
             return choice
