@@ -29,7 +29,7 @@ HOUSE = (
     ("loaded", "forecast"),
     ("life",),
     ("manager",),
-    ("cli", "server", "jobs"),
+    ("cli", "server", "jobs", "testing"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}

@@ -136,7 +136,7 @@ class _Forecasting:
             find_strategy(self.wish.quantization)  # before anything is fetched
         devices = get_device_manager()
         if machine is None:
-            self.device = devices.resolve(self.wish.device)
+            self.device = devices.resolve(self.wish.device, require=self.wish.require)
         elif self.wish.device in (AUTO, machine.device.kind):
             self.device = machine.device
         else:

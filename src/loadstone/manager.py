@@ -180,7 +180,8 @@ class ModelManager:
     def get_device(self) -> Device:
         """Return the device that the model is on, or would be loaded to, with the reason."""
         model = self._life.model
-        return model.plan.device if model else self._devices.resolve(self.config.config.model.device)
+        wish = self.config.config.model
+        return model.plan.device if model else self._devices.resolve(wish.device, require=wish.require)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what is loaded, as plain values.

@@ -123,7 +123,7 @@ def test_new_kind_of_device_can_be_registered(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(probes, "_registered", {})
     register_probe("toy", lambda: [Device("toy", 0, "Toy", GB, GB)])
     assert DeviceManager().resolve("toy:0").name == "Toy"
-    assert list(probes.known_probes()) == ["cuda", "mps", "toy", "cpu"]
+    assert list(probes.known_probes()) == ["cuda", "xpu", "mps", "toy", "cpu"]
 
 
 def test_broken_plug_in_keeps_nobody_from_the_processor(monkeypatch: pytest.MonkeyPatch, events: list[Event]) -> None:

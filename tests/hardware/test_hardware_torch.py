@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from loadstone.hardware import _torch, cuda, mps
+from loadstone.hardware import Unusable, _torch, cuda, mps, xpu
 from loadstone.telemetry import Event, subscribe
 
 GB = 10**9
@@ -99,3 +100,31 @@ def test_hardware_is_imported_and_the_processor_found_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_driver_without_a_torch_for_it_is_a_device_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+    found = _torch.cuda_facts(dev=tmp_path)
+    if isinstance(found, list):
+        pytest.skip("this machine has a CUDA device")
+    assert isinstance(found, Unusable)
+
+
+def test_a_machine_without_a_driver_has_nothing_that_could_be_used(tmp_path: Path) -> None:
+    found = _torch.cuda_facts(dev=tmp_path)
+    if isinstance(found, list):
+        pytest.skip("this system tells no drivers by files")
+    assert not isinstance(found, Unusable)
+
+
+def test_intels_gpus_are_not_looked_for_by_a_torch_that_is_not_built_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch, "version", lambda _: "2.13.0+cpu")
+    assert xpu.probe() == "this build of torch has no XPU support"
+
+
+def test_an_xpu_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = _torch.XpuFacts(1, "Intel Test", 16 * GB, 15 * GB, 512, ("float16", "bfloat16"))
+    monkeypatch.setattr(_torch, "xpu_facts", lambda: [facts])
+    (found,) = xpu.probe()
+    assert (found.torch_name, found.free_bytes, found.cores) == ("xpu:1", 15 * GB, 512)
+    assert "bfloat16" in found.capabilities

@@ -37,8 +37,12 @@ class LoadConfig(Wish):
     not change under you."""
 
     device: str = Field(default="auto", examples=['"cuda:1"'])
-    """Where to load it: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, `mps:0`, or a plug-in's name. `auto` by
-    default: the best device here, with the reason told."""
+    """Where to load it: `auto`, `cpu`, `cuda` (NVIDIA's, and AMD's where torch is built for ROCm), `cuda:1`, `xpu`
+    (Intel's), `mps`, `mps:0`, or a plug-in's name. `auto` by default: the best device here, with the reason told."""
+
+    require: str | None = Field(default=None, examples=['"cuda"'])
+    """The only kind of device that will do: `cuda`, `xpu`, `mps`, `cpu` or a plug-in's. Where it is not there loading
+    fails instead of falling back. None by default: the best that is there."""
 
     max_memory: int | None = Field(default=None, examples=['"20GB"'])
     """The most memory that weights, KV cache and working space may take together, in bytes; written as
@@ -86,6 +90,16 @@ class LoadConfig(Wish):
         if ":" in name and (kind in ("auto", "cpu") or (kind == "mps" and name != "mps:0")):
             only = "mps or mps:0" if kind == "mps" else kind
             raise ValueError(f"{show(value)}: there is only one {kind}; write {only}")
+        return name
+
+    @field_validator("require", mode="before")
+    @classmethod
+    def _require(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name = value.strip().lower()
+        if name == "auto" or ":" in name or not _DEVICE.fullmatch(name):
+            raise ValueError(f"{show(value)} is not a kind of device; write cuda, xpu, mps or cpu")
         return name
 
     @field_validator("max_memory", mode="before")

@@ -1,7 +1,7 @@
 """Facts about the machine: its devices, their memory and what bounds it, and how they are best used."""
 
 from ._torch import may_have_gpu
-from .device import Check, CompatibilityReport, Device, MemorySettings
+from .device import Check, CompatibilityReport, Device, MemorySettings, Unusable
 from .limits import CgroupLimit, MemoryLimits, memory_limits, peak_rss, process_rss
 from .manager import DeviceManager, get_device_manager
 from .pages import resident_bytes
@@ -16,6 +16,7 @@ __all__ = [
     "MemoryLimits",
     "MemorySettings",
     "Probe",
+    "Unusable",
     "get_device_manager",
     "may_have_gpu",
     "memory_limits",

@@ -5,12 +5,30 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from . import _nvml
+from .device import Unusable
 
 DRIVERS = ("nvidia*", "dxg", "kfd", "nvgpu", "nvhost-gpu", "nvmap")
 """What a driver for GPUs that torch calls CUDA shows in /dev: NVIDIA's, that of WSL, AMD's, and those of Jetsons."""
+
+
+FOR_CERTAIN = ("nvidia*", "kfd")
+"""Those that are there only where a GPU is, too."""
+
+
+@dataclass(frozen=True)
+class XpuFacts:
+    """One of Intel's GPUs as torch sees it."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    units: int
+    types: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +47,11 @@ class CudaFacts:
 
 def may_have_gpu(*, dev: Path = Path("/dev")) -> bool:
     """Tell whether looking for a GPU could find one: not on Linux where no driver is loaded."""
-    return sys.platform != "linux" or any(True for name in DRIVERS for _ in dev.glob(name))
+    return sys.platform != "linux" or _shows(DRIVERS, dev)
+
+
+def _shows(names: tuple[str, ...], dev: Path) -> bool:
+    return any(True for name in names for _ in dev.glob(name))
 
 
 def cuda_facts(*, dev: Path = Path("/dev")) -> list[CudaFacts] | str:
@@ -38,14 +60,15 @@ def cuda_facts(*, dev: Path = Path("/dev")) -> list[CudaFacts] | str:
         return "no driver for a GPU is loaded"
     import torch
 
+    reason = Unusable if _shows(FOR_CERTAIN, dev) else str
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
-        return "this build of torch has no CUDA support"
+        return reason("this build of torch has no CUDA support; install one from pytorch.org that has")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
         why = str(caught[0].message).splitlines()[0] if caught else "no device or no driver was found"
-        return f"torch cannot use CUDA: {why}"
+        return reason(f"torch cannot use CUDA: {why}")
     return [_one(index) for index in range(torch.cuda.device_count())]
 
 
@@ -89,6 +112,27 @@ def _has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
         if kind == "sm" and built[0] == capability[0] and built[1] <= capability[1]:
             return True
     return False
+
+
+def xpu_facts() -> list[XpuFacts] | str:
+    """Return Intel's GPUs, or why there are none; a torch that is not built for them need not be asked."""
+    if "+xpu" not in version("torch"):
+        return "this build of torch has no XPU support"
+    import torch
+
+    if not torch.xpu.is_available():
+        return "torch sees no XPU device"
+    return [_one_xpu(index) for index in range(torch.xpu.device_count())]
+
+
+def _one_xpu(index: int) -> XpuFacts:
+    import torch
+
+    about = torch.xpu.get_device_properties(index)
+    free, total = torch.xpu.mem_get_info(index)
+    unused = torch.xpu.memory_reserved(index) - torch.xpu.memory_allocated(index)
+    types = ("float16", "bfloat16") if torch.xpu.is_bf16_supported() else ("float16",)
+    return XpuFacts(index, about.name, total, free + max(0, unused), about.max_compute_units, types)
 
 
 def mps_memory() -> tuple[int, int] | str:

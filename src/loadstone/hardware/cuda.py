@@ -5,7 +5,7 @@ from __future__ import annotations
 from loadstone.telemetry import emit
 
 from . import _torch
-from .device import Device
+from .device import Device, Unusable
 
 
 def probe() -> list[Device] | str:
@@ -16,7 +16,7 @@ def probe() -> list[Device] | str:
     without = [_no_kernels(one) for one in facts if not one.has_kernels]
     usable = [_device(one) for one in facts if one.has_kernels]
     if not usable:
-        return "; ".join(without) or "torch sees no CUDA device"
+        return Unusable("; ".join(without)) if without else "torch sees no CUDA device"
     for reason in without:
         emit("hardware.warning", kind="cuda", reason=reason)
     return usable

@@ -30,6 +30,12 @@ class Device:
         return self.kind if self.index is None or self.kind in ("cpu", "mps") else f"{self.kind}:{self.index}"
 
 
+class Unusable(str):
+    """Why a device that is there cannot be used, with what would mend it: to fall back from it is said aloud."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was checked: what was found, and what to do about it when it is not well.

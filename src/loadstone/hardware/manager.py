@@ -12,10 +12,11 @@ from difflib import get_close_matches
 from functools import cache
 
 from loadstone.errors import ConfigurationError
+from loadstone.telemetry import emit
 from loadstone.units import format_size
 
 from .compatibility import ModelShape, best_settings, check_compatibility
-from .device import CompatibilityReport, Device, MemorySettings
+from .device import CompatibilityReport, Device, MemorySettings, Unusable
 from .probes import Probe, known_probes, run_probes
 
 _WISH = re.compile(r"([a-z][a-z0-9_]*)(?::([0-9]+))?")
@@ -42,22 +43,35 @@ class DeviceManager:
     def detect_optimal_device(self) -> Device:
         """Return the device that serves best, with the reason, and for each other one why it was passed over.
 
-        A CUDA device comes first, the one with most free memory; then MPS, plug-ins, and the processor.
+        A CUDA device comes first, the one with most free memory; then XPU, MPS, plug-ins, and the processor. Where a
+        better one is there and cannot be used, the event `hardware.warning` says so.
         """
         ranked, absent = self._ranked(self._probes())
         if not ranked:
             raise ConfigurationError(f"No device was found: {_sentence(absent)}", key="model_config.device")
         best, others = ranked[0], ranked[1:]
+        for kind, reason in absent.items():
+            if isinstance(reason, Unusable):
+                emit("hardware.warning", kind=kind, reason=f"{best.torch_name} takes the place of {kind}: {reason}")
         passed = [f"{kind}: {reason}" for kind, reason in absent.items()]
         passed += [f"{other.torch_name}: {_why_not(other, best)}" for other in others]
         return replace(best, reason=_why(best, others), passed_over=tuple(passed))
 
-    def resolve(self, wish: str) -> Device:
+    def resolve(self, wish: str, *, require: str | None = None) -> Device:
         """Return the device that `wish` names: "auto", or a kind, also with an index ("cuda:1").
 
-        Raises ConfigurationError when the name means nothing or the device is not there, saying what is.
+        `require` is the only kind that it may be of. Raises ConfigurationError when a name means nothing, the two
+        contradict each other, or the device is not there, saying what is.
         """
-        text = wish.strip().lower()
+        text, kind_required = wish.strip().lower(), (require or "").strip().lower()
+        if text == "auto" and kind_required:
+            text = wish = kind_required
+        if kind_required and text.partition(":")[0] != kind_required:
+            raise ConfigurationError(
+                f"device {wish!r} is asked for, and {require!r} is required",
+                key="model_config.require",
+                hint=f"Set device to auto or {kind_required}, or remove require.",
+            )
         if text == "auto":
             return self.detect_optimal_device()
         probes = self._probes()

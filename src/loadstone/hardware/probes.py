@@ -1,7 +1,8 @@
 """The probes by kind of device; plug-ins come in through the entry point group `loadstone.devices`.
 
-A probe takes nothing and returns the devices of its kind, or the reason why there are none. One that raises
-is passed over with the error as the reason: a broken driver must not keep a model off the processor.
+A probe takes nothing and returns the devices of its kind, or the reason why there are none: `Unusable`, where there
+is one and only something around it is not right. One that raises is passed over with the error as the reason: a broken
+driver must not keep a model off the processor.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from loadstone.telemetry import emit
-
-from .device import Device
+from .device import Device, Unusable
 
 Probe = Callable[[], "Sequence[Device] | str"]
 
 _BUILT_IN = {
     "cuda": "loadstone.hardware.cuda:probe",
+    "xpu": "loadstone.hardware.xpu:probe",
     "mps": "loadstone.hardware.mps:probe",
     "cpu": "loadstone.hardware.cpu:probe",
 }
@@ -30,7 +30,7 @@ def register_probe(kind: str, probe: Probe) -> None:
 
 
 def known_probes() -> dict[str, Probe]:
-    """Return the probes by kind, most wanted first: cuda, mps, plug-ins by name, and cpu last."""
+    """Return the probes by kind, most wanted first: cuda, xpu, mps, plug-ins by name, and cpu last."""
     probes = {kind: _lazy(place) for kind, place in _BUILT_IN.items() if kind != "cpu"}
     for entry in sorted(entry_points(group="loadstone.devices"), key=lambda entry: entry.name):
         probes[entry.name] = _lazy(entry.value)
@@ -47,8 +47,7 @@ def run_probes(probes: Mapping[str, Probe]) -> tuple[tuple[Device, ...], dict[st
         try:
             found = probe()
         except Exception as error:  # noqa: BLE001 - whatever a driver or a plug-in raises is a reason, not an end
-            found = f"its probe failed: {type(error).__name__}: {error}"
-            emit("hardware.warning", kind=kind, reason=found)
+            found = Unusable(f"its probe failed: {type(error).__name__}: {error}")
         if isinstance(found, str):
             absent[kind] = found
         elif not found:

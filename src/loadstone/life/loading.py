@@ -179,7 +179,7 @@ class Loading:
     def _plan(self, spec: ModelSpec, *, is_ready: bool, below: Below | None = None) -> Plan:
         """Return the plan; `is_ready` says that torch and the tokenizer are there, `below` what was too much."""
         wish, store = self.config.config.model, self.store()
-        device = self._devices.resolve(wish.device)
+        device = self._devices.resolve(wish.device, require=wish.require)
         settings = self._devices.optimize_memory_settings(device)
         has_kernels = True
         if is_ready and device.kind == "cpu":
@@ -215,9 +215,9 @@ class Loading:
         with self._naming("model_config.quantization"):
             if wish.quantization != AUTO:
                 find_strategy(wish.quantization)
-        if wish.device != AUTO:  # it is always right, and looking for a GPU takes torch
-            with self._naming("model_config.device"):
-                self._devices.resolve(wish.device)
+        if wish.device != AUTO or wish.require:  # auto is always right, and looking for a GPU takes torch
+            with self._naming("model_config.device" if wish.require is None else "model_config.require"):
+                self._devices.resolve(wish.device, require=wish.require)
 
     def _check_room_for_libraries(self) -> None:
         """Refuse what not even the libraries fit in, before they are brought in: the system would end the process."""
