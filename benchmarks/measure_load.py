@@ -15,7 +15,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     moments = Moments(task["watched"])
     manager = ModelManager({"model_config": task["wish"]})
-    manager.load_base_model()
+    manager.load()
     moments.note("loaded")
     answer = manager.generate(task["prompt"], raw=True, temperature=0, max_new_tokens=1)
     moments.note("answered")

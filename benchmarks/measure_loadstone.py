@@ -17,7 +17,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     wish = {key: task[key] for key in ("device", "quantization", "max_memory") if task.get(key) is not None}
     manager = ModelManager({"model_config": {"base_model": task["model"], **wish}})
-    tokenizer, _ = manager.load_base_model()
+    tokenizer = manager.load().tokenizer
     load_s = time.perf_counter() - STARTED
 
     from .prompts import prompt_of

@@ -21,14 +21,14 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     manager = ModelManager(task["config"])
     before = memory_now()["rss_bytes"]
     started = time.perf_counter()
-    tokenizer, model = manager.load_base_model()
+    model = manager.load()
     loaded_s = time.perf_counter() - started
     loaded = memory_now()
     model.decoder.settle()  # the store has it
     settled = memory_now()
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=True)
+        return model.tokenizer.encode(text, add_special_tokens=True)
 
     prompts = different_prompts(task["streams"], task["context"] - SPARE_TOKENS - ANSWER_TOKENS, encode)
     answers = manager.generate_batch(prompts, raw=True, temperature=0, max_new_tokens=ANSWER_TOKENS)

@@ -17,7 +17,7 @@ def open_model(settings: Mapping[str, Any]) -> LoadstoneModel:
     from loadstone import ModelManager
 
     manager = ModelManager(settings["config"])
-    manager.load_base_model()
+    manager.load()
     return LoadstoneModel(manager, is_chat=settings.get("is_chat", False))
 
 

@@ -45,7 +45,7 @@ def manager_of(model: str, store: Path) -> ModelManager:
 def answer(model: str, store: Path) -> str:
     """Load, answer and unload in this process; return the answer."""
     with manager_of(model, store) as manager:
-        manager.load_base_model()
+        manager.load()
         return str(manager.generate(PROMPT, raw=True))
 
 

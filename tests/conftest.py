@@ -24,7 +24,7 @@ def smollm2() -> Iterator[ModelManager]:
     from loadstone import ModelManager
 
     with ModelManager({"model_config": {"base_model": "smollm2", "quantization": "4bit"}}) as manager:
-        manager.load_base_model()
+        manager.load()
         yield manager
 
 

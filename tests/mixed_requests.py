@@ -26,7 +26,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     peak = _Peak()
     manager = ModelManager(task["config"])
     try:
-        manager.load_base_model()
+        manager.load()
     except ResourceError as error:
         return {"refused": str(error), **peak.end()}
     ended: Counter[str] = Counter()

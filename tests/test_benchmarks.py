@@ -59,7 +59,7 @@ def test_transformers_reads_the_checkpoint_too(checkpoint: Path) -> None:
 def test_a_checkpoint_loads_in_4_bits_and_answers(checkpoint: Path) -> None:
     wish = {"base_model": str(checkpoint), "device": "cpu", "quantization": "4bit", "context": 256}
     with ModelManager({"model_config": wish}) as manager:
-        tokenizer, _ = manager.load_base_model()
+        tokenizer = manager.load().tokenizer
         text = prompt_of(40, lambda text: len(tokenizer.encode(text, add_special_tokens=True)))
         result = manager.generate(text, raw=True, temperature=0, max_new_tokens=4)
     assert 40 <= result.usage.prompt_tokens <= 48

@@ -189,25 +189,22 @@ def test_load_qwen_model_is_a_shortcut(small_model: Path) -> None:
 
 
 def test_loading_twice_returns_the_same(manager: ModelManager, events: list[Event]) -> None:
-    """The second call is no work: the same tokenizer and model come back."""
-    first = manager.load_base_model()
-    second = manager.load_base_model()
-    assert first[0] is second[0]
-    assert first[1] is second[1]
+    """The second call is no work: the same model comes back."""
+    assert manager.load() is manager.load()
     assert _names(events).count("load.build") == 1
 
 
 def test_threads_that_load_at_once_load_once(manager: ModelManager, events: list[Event]) -> None:
     """Whoever comes while a load is under way waits for it and gets its model."""
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: manager.load_base_model()[1], range(4)))
+        found = list(pool.map(lambda _: manager.load(), range(4)))
     assert len({id(model) for model in found}) == 1
     assert _names(events).count("load.build") == 1
 
 
 def test_load_is_told_phase_by_phase(manager: ModelManager, events: list[Event]) -> None:
     """Each of the five steps is an event with model, seconds and success, and its seconds are in the info."""
-    manager.load_base_model()
+    manager.load()
     phases = [event for event in events if event.name.startswith("load.") and "seconds" in event.fields]
     assert [event.name for event in phases] == [
         f"load.{name}" for name in ("resolve", "inspect", "plan", "build", "ready")
@@ -219,17 +216,17 @@ def test_load_is_told_phase_by_phase(manager: ModelManager, events: list[Event])
 @pytest.mark.parametrize("ask", ["generate", "stream", "generate_batch", "get_model_info"])
 def test_asking_before_a_load_is_an_error(manager: ModelManager, ask: str) -> None:
     """The error says which call is missing; nothing is loaded by the way."""
-    with pytest.raises(ModelNotLoadedError, match="load_base_model"):
+    with pytest.raises(ModelNotLoadedError, match=r"load\(\)"):
         getattr(manager, ask)(*(() if ask == "get_model_info" else (["Hi"],)))
     assert not manager.is_loaded()
 
 
 def test_reload_takes_the_files_as_they_are_now(manager: ModelManager, small_model: Path) -> None:
     """After a reload there is a new model, made from what the folder has now; the old one's weights are gone."""
-    _, old = manager.load_base_model()
+    old = manager.load()
     weights = _weights(old)
     (small_model / "generation_config.json").write_text('{"top_k": 3}', encoding="utf-8")
-    _, new = manager.reload_model()
+    new = manager.reload_model()
     assert new is not old
     assert manager.get_model_info()["sampling"]["top_k"]["value"] == 3
     assert _alive(weights) == 0
@@ -251,7 +248,7 @@ def test_with_block_unloads(small_model: Path) -> None:
 
 def _fail_inside(manager: ModelManager) -> None:
     with manager:
-        manager.load_base_model()
+        manager.load()
         assert manager.is_loaded()
         manager.stream("Hi", max_new_tokens=2000)
         raise ZeroDivisionError
@@ -261,21 +258,21 @@ def _fail_inside(manager: ModelManager) -> None:
 
 
 def test_unload_lets_every_weight_go(manager: ModelManager) -> None:
-    """Weights and cache die, though the caller still holds tokenizer, model, and a result."""
+    """Weights and cache die, though the caller still holds model and result."""
     before = _holdings()
-    held = manager.load_base_model()
-    weights, cache = _weights(held[1]), weakref.ref(held[1].engine._batcher.cache)
+    held = manager.load()
+    weights, cache = _weights(held), weakref.ref(held.engine._batcher.cache)
     result = manager.generate("Hi", max_new_tokens=3)
     manager.unload_model()
     assert _alive([*weights, cache]) == 0
     assert _holdings() <= before
     assert not manager.is_loaded()
-    assert (result.usage.completion_tokens, held[0].vocab_size) == (3, 256)
+    assert (result.usage.completion_tokens, held.tokenizer.vocab_size) == (3, 256)
 
 
 def test_unloaded_model_says_so(manager: ModelManager) -> None:
     """Who kept the model gets GenerationError for a question, and can still read what it was."""
-    _, model = manager.load_base_model()
+    model = manager.load()
     manager.unload_model()
     manager.unload_model()  # once more is nothing
     with pytest.raises(GenerationError, match="unloaded"):
@@ -285,7 +282,7 @@ def test_unloaded_model_says_so(manager: ModelManager) -> None:
 
 def test_unload_waits_for_answers(manager: ModelManager) -> None:
     """An answer under way is finished first."""
-    manager.load_base_model()
+    manager.load()
     stream = manager.stream("Hi", max_new_tokens=200)
     next(stream)
     manager.unload_model()
@@ -297,7 +294,7 @@ def test_unload_waits_for_answers(manager: ModelManager) -> None:
 
 def test_unload_with_cancel_ends_answers(manager: ModelManager) -> None:
     """With `cancel` the one who reads gets GenerationError instead of the rest."""
-    manager.load_base_model()
+    manager.load()
     stream = manager.stream("Hi", max_new_tokens=4000)
     next(stream)
     manager.unload_model(cancel=True)
@@ -307,7 +304,7 @@ def test_unload_with_cancel_ends_answers(manager: ModelManager) -> None:
 
 def test_interrupted_unload_unloads_all_the_same(manager: ModelManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while waiting for an answer leaves no model that nobody can reach."""
-    _, model = manager.load_base_model()
+    model = manager.load()
     weights = _weights(model)
 
     def interrupt() -> None:
@@ -317,14 +314,14 @@ def test_interrupted_unload_unloads_all_the_same(manager: ModelManager, monkeypa
     with pytest.raises(KeyboardInterrupt):
         manager.unload_model()
     assert _alive(weights) == 0
-    manager.load_base_model()
+    manager.load()
     assert manager.is_loaded()
 
 
 def test_manager_that_nobody_holds_gives_its_model_back(small_model: Path) -> None:
     """Dropping manager and model without unloading frees the weights; an answer under way is finished."""
     manager = ModelManager(_config(small_model))
-    model = manager.load_base_model()[1]
+    model = manager.load()
     model.decoder.settle()  # until they are in the store, who writes them there holds them too
     weights = _weights(model)
     stream = manager.stream("Hi", max_new_tokens=20)
@@ -351,8 +348,8 @@ def test_unload_gives_memory_back_to_the_system() -> None:
         "from loadstone import ModelManager\n"
         "from loadstone.hardware import process_rss\n"
         "manager = ModelManager({'model_config': {'base_model': 'smollm2', 'quantization': 'none'}})\n"
-        "held = manager.load_base_model()\n"
-        "weights = sum(held[1].decoder.weight_bytes().values())\n"
+        "held = manager.load()\n"
+        "weights = sum(held.decoder.weight_bytes().values())\n"
         "loaded = process_rss()\n"
         "manager.unload_model()\n"
         "print(weights, loaded, process_rss())\n"
@@ -368,7 +365,7 @@ def test_process_may_end_in_mid_answer(small_model: Path) -> None:
         "import sys\n"
         "from loadstone import ModelManager\n"
         "manager = ModelManager({'model_config': {'base_model': sys.argv[1]}})\n"
-        "manager.load_base_model()\n"
+        "manager.load()\n"
         "stream = manager.stream('Hi', max_new_tokens=4000)\n"
         "next(stream)\n"
         "print('left')\n",
@@ -384,7 +381,7 @@ def _fails_and_leaves_nothing(manager: ModelManager, kind: type[BaseException], 
     """Load, which must fail; return the error, held, after a look at what else is left."""
     before = _holdings()
     with pytest.raises(kind, match=match) as caught:
-        manager.load_base_model()
+        manager.load()
     assert not manager.is_loaded()
     assert _holdings() <= before
     return caught.value
@@ -397,7 +394,7 @@ def test_truncated_checkpoint_leaves_nothing(manager: ModelManager, small_model:
     file.write_bytes(whole[:-1000])
     error = _fails_and_leaves_nothing(manager, CheckpointError, "model.safetensors")
     file.write_bytes(whole)
-    manager.load_base_model()
+    manager.load()
     assert manager.generate("Hi", max_new_tokens=2).text is not None
     assert error.__traceback__ is not None
 
@@ -424,7 +421,7 @@ def test_failure_in_mid_build_leaves_nothing(
     assert isinstance(error.__cause__, OSError)
     assert len(seen) >= 9
     assert _alive(seen) == 0
-    manager.load_base_model()
+    manager.load()
     assert manager.is_loaded()
     manager.unload_model()
 
@@ -458,7 +455,7 @@ def test_interrupted_load_leaves_nothing(manager: ModelManager) -> None:
         _fails_and_leaves_nothing(manager, KeyboardInterrupt, "^$")
     finally:
         end()
-    manager.load_base_model()
+    manager.load()
     assert manager.is_loaded()
 
 
@@ -484,7 +481,7 @@ def test_damaged_weights_are_warned_of(manager: ModelManager, small_model: Path,
     tensors = load_file(small_model / "model.safetensors")
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, small_model / "model.safetensors")
-    manager.load_base_model()
+    manager.load()
     assert "load.warning" in _names(events)
     with pytest.raises(GenerationError, match="NaN"):
         manager.generate("Hi")
@@ -533,7 +530,7 @@ def test_answer_has_text_usage_and_timing(smollm2: ModelManager) -> None:
 
 def test_answers_of_all_forms_agree(manager: ModelManager) -> None:
     """Streamed, in a batch, or at once: the same text. A batch needs a list."""
-    manager.load_base_model()
+    manager.load()
     result = manager.generate("Hi", max_new_tokens=12)
     assert "".join(map(str, manager.stream("Hi", max_new_tokens=12))) == result.text
     batch = manager.generate_batch(["Hi", [{"role": "user", "content": "Hi"}]], max_new_tokens=12)
@@ -544,7 +541,7 @@ def test_answers_of_all_forms_agree(manager: ModelManager) -> None:
 
 def test_answers_of_a_seed_can_be_had_again(manager: ModelManager) -> None:
     """The same seed gives the same noise, another seed another."""
-    manager.load_base_model()
+    manager.load()
 
     def answer(seed: int) -> str:
         return manager.generate("Hi", max_new_tokens=24, temperature=1.5, seed=seed).text
@@ -556,7 +553,7 @@ def test_answers_of_a_seed_can_be_had_again(manager: ModelManager) -> None:
 @pytest.mark.parametrize("settings", [{"temperature": -1}, {"max_new_tokens": 0}, {"top_q": 1}, {"stop": ""}])
 def test_settings_that_cannot_be_meant(manager: ModelManager, settings: dict[str, Any]) -> None:
     """A wrong setting of a call is a ConfigurationError that names it, in each kind of call."""
-    manager.load_base_model()
+    manager.load()
     for ask in (manager.generate, manager.stream, manager.generate_batch):
         with pytest.raises(ConfigurationError, match=next(iter(settings))):
             ask(["Hi"], **settings)  # type: ignore[operator]
@@ -568,7 +565,7 @@ def test_sampling_in_force_and_its_origins(small_model: Path, here: Path) -> Non
     text = f"model_config:\n  base_model: {small_model}\ngeneration:\n  top_p: 0.5\n  top_k: 7\n"
     file.write_text(text, encoding="utf-8")
     with ModelManager() as manager:
-        _, model = manager.load_base_model()
+        model = manager.load()
         told = manager.get_model_info()["sampling"]
         sampling, origins = model.sampling(GenerationConfig(top_k=3, min_p=0.1), {"top_k": 2})
     assert told["temperature"] == {"value": 0.7, "from": "generation_config.json"}
@@ -582,7 +579,7 @@ def test_sampling_in_force_and_its_origins(small_model: Path, here: Path) -> Non
 
 def test_call_settings_are_in_force_for_the_call(manager: ModelManager) -> None:
     """max_new_tokens of the call, of its config, and of nobody."""
-    manager.load_base_model()
+    manager.load()
     config = GenerationConfig(max_new_tokens=7)
     assert manager.generate("Hi", config).usage.completion_tokens == 7
     assert manager.generate("Hi", config, max_new_tokens=3).usage.completion_tokens == 3
@@ -632,14 +629,14 @@ def test_plan_foretells_the_bytes(smollm2: ModelManager) -> None:
 def test_device_is_told_before_and_after_loading(manager: ModelManager) -> None:
     """Before a load it is the one that would be chosen, then the one that was."""
     before = manager.get_device()
-    manager.load_base_model()
+    manager.load()
     assert manager.get_device().torch_name == before.torch_name
     assert before.reason
 
 
 def test_unknown_device_is_refused(small_model: Path) -> None:
     manager = ModelManager(_config(small_model, device="cuda:99"))
-    for ask in (manager.get_device, manager.load_base_model):
+    for ask in (manager.get_device, manager.load):
         with pytest.raises(ConfigurationError, match="cuda:99"):
             ask()
 
@@ -650,7 +647,7 @@ def test_unknown_device_is_refused(small_model: Path) -> None:
 def test_memory_is_given_back_between_answers(manager: ModelManager) -> None:
     """clear_cache and optimize_memory return bytes, with a model and without, and the next answer is the same."""
     assert manager.clear_cache() >= 0
-    manager.load_base_model()
+    manager.load()
     text = manager.generate("Hi", max_new_tokens=12).text
     assert manager.clear_cache() >= 0
     sizes = manager.optimize_memory()
@@ -660,7 +657,7 @@ def test_memory_is_given_back_between_answers(manager: ModelManager) -> None:
 
 def test_clearing_gives_the_cache_back(manager: ModelManager) -> None:
     """The keys and values of finished answers are let go of."""
-    _, model = manager.load_base_model()
+    model = manager.load()
     manager.generate("Hi", max_new_tokens=2)
     before = weakref.ref(model.engine._batcher.cache)
     manager.clear_cache()
@@ -669,7 +666,7 @@ def test_clearing_gives_the_cache_back(manager: ModelManager) -> None:
 
 def test_clearing_while_answering_harms_nobody(manager: ModelManager) -> None:
     """Answers that run while the cache is asked back again and again are those that run alone."""
-    engine = manager.load_base_model()[1].engine
+    engine = manager.load().engine
     alone = [manager.generate(text, max_new_tokens=5).text for text in "abc"]
     done = threading.Event()
 
@@ -692,7 +689,7 @@ def test_clearing_while_answering_harms_nobody(manager: ModelManager) -> None:
 def test_managers_live_side_by_side(small_model: Path, smollm2: ModelManager) -> None:
     """Two managers have two models; unloading one leaves the other."""
     with ModelManager(_config(small_model, quantization="none")) as other:
-        other.load_base_model()
+        other.load()
         assert other.get_model_info()["strategy"] == "none"
         assert smollm2.get_model_info()["strategy"] == "4bit"
     assert smollm2.is_loaded()
@@ -702,13 +699,13 @@ def test_managers_live_side_by_side(small_model: Path, smollm2: ModelManager) ->
 def test_an_unknown_strategy_is_refused_before_anything_is_fetched(events: list[Event]) -> None:
     manager = ModelManager({"model_config": {"base_model": "smollm2", "quantization": "4bits"}})
     with pytest.raises(ConfigurationError, match=r"argument: quantization '4bits' is not known\n.*mean 4bit"):
-        manager.load_base_model()
+        manager.load()
     assert not [event for event in events if event.name.startswith("load.")]
 
 
 def test_a_phase_is_logged_with_model_phase_bytes_and_seconds(small_model: Path, events: list[Event]) -> None:
     with ModelManager({"model_config": {"base_model": str(small_model)}}) as manager:
-        manager.load_base_model()
+        manager.load()
     (built,) = [event for event in events if event.name == "load.build"]
     assert built.fields["model"] == str(small_model)
     assert built.fields["phase"] == "build"
@@ -719,7 +716,7 @@ def test_a_phase_is_logged_with_model_phase_bytes_and_seconds(small_model: Path,
 def test_a_failed_phase_is_logged_with_its_error(small_model: Path, events: list[Event]) -> None:
     (small_model / "config.json").write_text("{")
     with pytest.raises(ModelLoadError):
-        ModelManager({"model_config": {"base_model": str(small_model)}}).load_base_model()
+        ModelManager({"model_config": {"base_model": str(small_model)}}).load()
     (failed,) = [event for event in events if event.fields.get("ok") is False]
     assert failed.fields["error"].startswith("CheckpointError: ")
 
@@ -745,7 +742,7 @@ def test_the_memory_that_a_refusal_advises_is_enough() -> None:
 
 def test_a_model_being_unloaded_takes_no_more_requests(small_model: Path) -> None:
     manager = ModelManager({"model_config": {"base_model": str(small_model)}})
-    _, model = manager.load_base_model()
+    model = manager.load()
     model.engine.drain()
     with pytest.raises(GenerationError, match="unloaded"):
         model.generate("more", max_new_tokens=1)

@@ -26,7 +26,7 @@ ANSWER = """
 import sys
 from loadstone import ModelManager
 with ModelManager({"model_config": {"base_model": sys.argv[1], "quantization": sys.argv[2]}}) as manager:
-    manager.load_base_model()
+    manager.load()
     manager.generate("Hi", max_new_tokens=2)
     print(*sys.modules)
 """
@@ -35,7 +35,7 @@ LOAD = """
 import sys
 from loadstone import ModelLoadError, ModelManager
 try:
-    ModelManager({"model_config": {"base_model": sys.argv[1]}}).load_base_model()
+    ModelManager({"model_config": {"base_model": sys.argv[1]}}).load()
 except ModelLoadError as error:
     print(error)
 """
@@ -79,7 +79,7 @@ def test_a_failed_load_leaves_no_thread(small_model: Path) -> None:
     """What is wrong with the files is told as ever, and nothing goes on being imported behind it."""
     (small_model / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        ModelManager({"model_config": {"base_model": str(small_model)}}).load_base_model()
+        ModelManager({"model_config": {"base_model": str(small_model)}}).load()
     assert not _helpers()
 
 

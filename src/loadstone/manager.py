@@ -51,15 +51,19 @@ class ModelManager:
 
     # -- life -----------------------------------------------------------------------------------------------------
 
-    def load_base_model(self) -> tuple[Tokenizer, LoadedModel]:
-        """Load the configured model, downloading it if needed; return its tokenizer and the model.
+    def load(self) -> LoadedModel:
+        """Load the configured model, downloading it if needed, and return it; `tokenizer` is one of its attributes.
 
-        Loads once: while it is loaded, the same pair comes back, and a second thread waits for the first. After a
+        Loads once: while it is loaded, the same model comes back, and a second thread waits for the first. After a
         failure nothing remains and the next call starts anew.
 
         Raises ConfigurationError, ModelLoadError (SourceError, CheckpointError) or ResourceError.
         """
-        model = self._life.load()
+        return self._life.load()
+
+    def load_base_model(self) -> tuple[Tokenizer, LoadedModel]:
+        """Load the configured model as `load` does; return its tokenizer and the model."""
+        model = self.load()
         return model.tokenizer, model
 
     def prepare_model(self, *, keep_original: bool = True) -> PreparedModel:
@@ -67,7 +71,7 @@ class ModelManager:
 
         Where the strategy has no form to keep, or the store is switched off, the files are all. Without
         `keep_original` the weights are then removed from the Hub's cache, and loads of this name, revision and
-        quantization use what is in the store. Raises what `load_base_model` raises, and ModelLoadError where the
+        quantization use what is in the store. Raises what `load` raises, and ModelLoadError where the
         weights cannot be kept.
         """
         with self._life.changing, handle_exceptions("prepare the model"), nothing_left_on_failure():
@@ -88,10 +92,8 @@ class ModelManager:
         """
         return self._life.unload(cancel=cancel)
 
-    def reload_model(
-        self, config: Config = None, *, reason: str = "asked", **settings: Any
-    ) -> tuple[Tokenizer, LoadedModel]:
-        """Load anew, in the place of what is loaded; return the tokenizer and the model.
+    def reload_model(self, config: Config = None, *, reason: str = "asked", **settings: Any) -> LoadedModel:
+        """Load anew, in the place of what is loaded, and return the new model.
 
         Files are read again, the configuration's too. `config` takes the place of the whole configuration, `settings`
         go over it (quantization="8bit", context=8192, or a section as a mapping) and stay for later reloads. `reason`
@@ -99,11 +101,10 @@ class ModelManager:
 
         The new model is planned first. Where there is room for both it is loaded beside the old one, which answers
         until it is ready; else the old one is unloaded, and put back when the new one fails. Requests that come
-        meanwhile wait. When this raises (what `load_base_model` does), the old model and configuration are in force.
+        meanwhile wait. When this raises (what `load` does), the old model and configuration are in force.
         """
         wanted = self.config.read_again() if config is None else ConfigManager(config)
-        model = self._life.reload(wanted.with_settings(settings) if settings else wanted, reason=reason)
-        return model.tokenizer, model
+        return self._life.reload(wanted.with_settings(settings) if settings else wanted, reason=reason)
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ class ModelManager:
         sends it as it is. `settings` are the fields of GenerationConfig (max_new_tokens, temperature, …); they win
         over `config`, which wins over the configuration file and the checkpoint. `str(result)` is the text.
 
-        Raises ModelNotLoadedError before `load_base_model`, ConfigurationError for a setting that cannot be meant,
+        Raises ModelNotLoadedError before `load`, ConfigurationError for a setting that cannot be meant,
         GenerationError when no answer can be made.
         """
         with self._life.lease() as model:
@@ -168,7 +169,7 @@ class ModelManager:
     def plan(self, spec: ModelSpec | None = None) -> Plan:
         """Return how the configured model would be loaded here, from its headers alone.
 
-        Raises ResourceError when it does not fit, and what `load_base_model` raises for its files. `spec` is what
+        Raises ResourceError when it does not fit, and what `load` raises for its files. `spec` is what
         the headers say, where that is known already.
         """
         return self._life.loading().plan(spec)

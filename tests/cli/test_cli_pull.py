@@ -150,7 +150,7 @@ def test_a_prepared_model_is_not_loaded(store_folder, small_model):
         assert prepared.entry is not None
         assert not Store(store_folder).is_in_use(prepared.entry)
         assert set(prepared.phases) == {"resolve", "inspect", "plan", "keep"}
-        _, model = manager.load_base_model()
+        model = manager.load()
         assert model.decoder.attached is not None
         assert model.decoder.attached.entry.folder == prepared.entry.folder
 

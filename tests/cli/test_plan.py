@@ -273,7 +273,7 @@ def test_what_loads_took_is_told_beside_what_was_planned(cli, smollm2, small_mod
     from loadstone import ModelManager
 
     with ModelManager({"model_config": {"base_model": str(small_model), "context": 64}}) as manager:
-        manager.load_base_model()
+        manager.load()
     ended = cli("plan", "--accuracy", "--json")
     assert ended.code == 0
     last = json.loads(ended.out)["loads"][-1]

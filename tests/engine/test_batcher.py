@@ -32,7 +32,7 @@ SHORT = Sampling(max_new_tokens=12)
 
 @pytest.fixture(scope="session")
 def model(smollm2: ModelManager) -> LoadedModel:
-    return smollm2.load_base_model()[1]
+    return smollm2.load()
 
 
 @pytest.fixture(scope="session")

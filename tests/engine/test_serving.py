@@ -25,7 +25,7 @@ REUSE = EngineConfig(speculation=False)
 
 @pytest.fixture(scope="session")
 def model(smollm2: ModelManager) -> LoadedModel:
-    return smollm2.load_base_model()[1]
+    return smollm2.load()
 
 
 def _held(engine: Engine) -> int:

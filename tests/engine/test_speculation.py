@@ -19,7 +19,7 @@ FREE = Costs()  # each more token costs a tenth of a step, as long as nothing is
 
 @pytest.fixture(scope="session")
 def model(smollm2: ModelManager) -> LoadedModel:
-    return smollm2.load_base_model()[1]
+    return smollm2.load()
 
 
 def _drafter(*tokens: int, right: int = 0, wrong: int = 0) -> Drafter:

@@ -18,7 +18,7 @@ GREEDY = Sampling(max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def model(smollm2: ModelManager) -> LoadedModel:
-    return smollm2.load_base_model()[1]
+    return smollm2.load()
 
 
 def fail_above(watched: Watched, tokens: int, times: int = 1_000) -> list[int]:

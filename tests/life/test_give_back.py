@@ -39,7 +39,7 @@ def roomy(small_model: Path) -> Iterator[ModelManager]:
     """A manager whose weights are in the store, and whose KV cache has 16 MB when it is full; not loaded."""
     config = config_of(small_model, context=4096, streams=8)
     with ModelManager(config) as first:
-        first.load_base_model()
+        first.load()
     with ModelManager(config) as manager:
         yield manager
 
@@ -62,7 +62,7 @@ def _run(script: str, *arguments: str) -> list[int]:
 
 def test_a_receipt_says_what_came_back(roomy: ModelManager) -> None:
     """Bytes by kind before and after; they make up what the process has."""
-    roomy.load_base_model()
+    roomy.load()
     roomy.generate("word " * 200)
     receipt = roomy.unload_model()
     assert receipt.before.store_pages > 100_000
@@ -77,14 +77,14 @@ def test_a_receipt_says_what_came_back(roomy: ModelManager) -> None:
 
 def test_weights_that_were_just_made_are_the_process_own(manager: ModelManager) -> None:
     """A first load multiplies what it quantised, and not the store's file."""
-    manager.load_base_model()
+    manager.load()
     before = manager.unload_model().before
     assert before.weights > 100_000
     assert before.store_pages == 0
 
 
 def test_a_receipt_is_a_paragraph_for_people(manager: ModelManager) -> None:
-    manager.load_base_model()
+    manager.load()
     text = str(manager.unload_model())
     assert re.fullmatch(
         r"small-model was unloaded in [0-9.]+ s: resident memory went from .* to .* \(.*\)\. "
@@ -109,7 +109,7 @@ def test_a_receipt_does_not_change(manager: ModelManager) -> None:
 
 def test_a_variable_that_has_the_model_is_named(manager: ModelManager) -> None:
     """The model is emptied, so that it costs nothing."""
-    _, mine = manager.load_base_model()
+    mine = manager.load()
     (held,) = manager.unload_model().held
     assert (held.name, held.nbytes) == ("LoadedModel", 0)
     assert "variable 'mine' of test_a_variable_that_has_the_model_is_named()" in " ".join(held.by)
@@ -118,7 +118,7 @@ def test_a_variable_that_has_the_model_is_named(manager: ModelManager) -> None:
 
 def test_a_tensor_that_somebody_has_is_named_with_its_bytes(manager: ModelManager) -> None:
     """By a module's variable, through a list."""
-    model = manager.load_base_model()[1]
+    model = manager.load()
     kept.append(_largest(model))
     size = _largest(model).nbytes
     del model
@@ -138,7 +138,7 @@ class Service:
 
 def test_an_attribute_that_has_a_part_is_named(manager: ModelManager) -> None:
     service = Service()
-    service.weight = manager.load_base_model()[1].decoder.layers[1].down.weight
+    service.weight = manager.load().decoder.layers[1].down.weight
     receipt = manager.unload_model()
     assert all(one.name == "layers.1.down" for one in receipt.held)
     said = receipt.held[0].by[0]
@@ -146,7 +146,7 @@ def test_an_attribute_that_has_a_part_is_named(manager: ModelManager) -> None:
 
 
 def test_a_view_keeps_the_whole_tensor_and_is_found(manager: ModelManager) -> None:
-    mine = {"one number": _largest(manager.load_base_model()[1]).flatten()[:1]}
+    mine = {"one number": _largest(manager.load()).flatten()[:1]}
     (held,) = manager.unload_model().held
     assert held.nbytes > 10_000
     assert "item 'one number' of a dict, held by variable 'mine' of test_a_view" in held.by[0]
@@ -154,7 +154,7 @@ def test_a_view_keeps_the_whole_tensor_and_is_found(manager: ModelManager) -> No
 
 
 def test_a_closure_is_named(manager: ModelManager) -> None:
-    tensor = _largest(manager.load_base_model()[1])
+    tensor = _largest(manager.load())
 
     def size() -> int:
         return tensor.nbytes
@@ -167,7 +167,7 @@ def test_a_closure_is_named(manager: ModelManager) -> None:
 
 def test_what_python_cannot_see_is_unknown(manager: ModelManager) -> None:
     """NumPy's arrays do not tell what they refer to."""
-    mine = _largest(manager.load_base_model()[1]).numpy()
+    mine = _largest(manager.load()).numpy()
     (held,) = manager.unload_model().held
     assert held.by[0].startswith("unknown")
     assert held.nbytes == mine.nbytes
@@ -175,7 +175,7 @@ def test_what_python_cannot_see_is_unknown(manager: ModelManager) -> None:
 
 def test_many_things_are_told_in_one_sum(manager: ModelManager) -> None:
     """All bytes are counted, and only a few names are looked for."""
-    model = manager.load_base_model()[1]
+    model = manager.load()
     kept.extend(tensor for _, tensor in model.decoder.tensors())
     size = sum(tensor.nbytes for tensor in kept)  # type: ignore[attr-defined]
     del model
@@ -187,7 +187,7 @@ def test_many_things_are_told_in_one_sum(manager: ModelManager) -> None:
 
 def test_looking_for_holders_holds_nothing(manager: ModelManager) -> None:
     """Neither the receipt nor the looking keeps what it found: in a function's variable, dropped later, or a list."""
-    tensor = _largest(manager.load_base_model()[1])
+    tensor = _largest(manager.load())
     alive = weakref.ref(tensor)
     kept.append(tensor)
     receipt = manager.unload_model()
@@ -200,7 +200,7 @@ def test_looking_for_holders_holds_nothing(manager: ModelManager) -> None:
 
 def test_looking_for_holders_leaves_locals_alone(manager: ModelManager) -> None:
     """What a caller asked of its own variables it still has afterwards."""
-    _, mine = manager.load_base_model()
+    mine = manager.load()
     mapping = locals()
     assert "mine" in " ".join(manager.unload_model().held[0].by)
     assert mapping["mine"] is mine
@@ -214,7 +214,7 @@ from loadstone import ModelManager
 from loadstone.hardware import process_rss
 manager = ModelManager({'model_config': {'base_model': 'smollm2'}})
 before = process_rss()
-held = manager.load_base_model()
+held = manager.load()
 manager.generate('Tell me about bonds. ' * 40, max_new_tokens=8)
 loaded = process_rss()
 print(before, loaded, manager.unload_model().after.resident, process_rss())
@@ -236,7 +236,7 @@ from loadstone import ModelManager
 from loadstone.hardware import process_rss
 manager = ModelManager({'model_config': {'base_model': sys.argv[1], 'context': 512}})
 for _ in range(int(sys.argv[2])):
-    manager.load_base_model()
+    manager.load()
     manager.generate('Hi', max_new_tokens=4)
     print(manager.unload_model().after.resident)
 """
@@ -253,7 +253,7 @@ def test_many_loads_leave_no_more_than_few(small_model: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_accelerator_keeps_nothing(small_model: Path) -> None:
     with ModelManager(config_of(small_model, device="cuda")) as manager:
-        manager.load_base_model()
+        manager.load()
         manager.generate("Hi")
         receipt = manager.unload_model()
     assert receipt.before.device_allocated > 0
@@ -266,9 +266,9 @@ def test_an_accelerator_keeps_nothing(small_model: Path) -> None:
 @on_linux
 def test_the_kv_cache_that_was_touched_comes_back(roomy: ModelManager) -> None:
     """Resident memory falls by what the step says, and that is most of what the cache had."""
-    roomy.load_base_model()
+    roomy.load()
     roomy.generate_batch(["word " * 600 + str(number) for number in range(8)], max_new_tokens=2)
-    cache = roomy.load_base_model()[1].engine.cache
+    cache = roomy.load().engine.cache
     assert cache is not None
     touched = resident_bytes((one.data_ptr(), one.nbytes) for one in (cache.keys, cache.values))
     assert touched is not None
@@ -284,7 +284,7 @@ def test_the_kv_cache_that_was_touched_comes_back(roomy: ModelManager) -> None:
 @on_linux
 def test_pages_of_the_store_go_and_come_back(roomy: ModelManager) -> None:
     """The weights leave the process, and the next answer is what it was."""
-    _, model = roomy.load_base_model()
+    model = roomy.load()
     said = str(roomy.generate("Hi"))
     places = [(tensor.data_ptr(), tensor.nbytes) for _, tensor in model.decoder.tensors()]
     assert resident_bytes(places) == pytest.approx(sum(size for _, size in places), rel=0.3)
@@ -295,7 +295,7 @@ def test_pages_of_the_store_go_and_come_back(roomy: ModelManager) -> None:
 
 def test_clearing_the_cache_leaves_the_weights(roomy: ModelManager) -> None:
     """It costs the next answer no read of them."""
-    _, model = roomy.load_base_model()
+    model = roomy.load()
     roomy.generate("Hi")
     places = [(tensor.data_ptr(), tensor.nbytes) for _, tensor in model.decoder.tensors()]
     before = resident_bytes(places)
@@ -304,7 +304,7 @@ def test_clearing_the_cache_leaves_the_weights(roomy: ModelManager) -> None:
 
 
 def test_what_was_remembered_of_prompts_is_forgotten(manager: ModelManager) -> None:
-    manager.load_base_model()
+    manager.load()
     prompt = "word " * 50
     manager.generate(prompt)
     assert manager.generate(prompt).usage.cached_tokens > 0
@@ -314,7 +314,7 @@ def test_what_was_remembered_of_prompts_is_forgotten(manager: ModelManager) -> N
 
 def test_while_an_answer_is_made_its_cache_stays(manager: ModelManager) -> None:
     """The report says so, and the answer is whole."""
-    manager.load_base_model()
+    manager.load()
     stream = manager.stream("Hi", max_new_tokens=1000)
     next(stream)
     report = manager.optimize_memory()

@@ -58,7 +58,7 @@ def test_an_environment_variable_says_it_too(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_idle_model_goes(brief: ModelManager, heard: Wait) -> None:
     """The reason is told, and nobody thinks that the model is there."""
-    brief.load_base_model()
+    brief.load()
     assert heard("unload").fields["reason"] == f"idle for {SOON} s"
     assert not brief.is_loaded()
     with pytest.raises(ModelNotLoadedError, match="keep_alive"):
@@ -68,7 +68,7 @@ def test_an_idle_model_goes(brief: ModelManager, heard: Wait) -> None:
 @pytest.mark.parametrize("ask", ["generate", "stream", "generate_batch"])
 def test_the_next_request_brings_it_back(brief: ModelManager, heard: Wait, ask: str) -> None:
     """Its weights come from the store, and its answer is the same."""
-    brief.load_base_model()
+    brief.load()
     before = str(brief.generate("Hi"))
     heard("unload")
     said = getattr(brief, ask)(["Hi"] if ask == "generate_batch" else "Hi")
@@ -79,7 +79,7 @@ def test_the_next_request_brings_it_back(brief: ModelManager, heard: Wait, ask: 
 
 def test_many_requests_at_once_bring_it_back_once(small_model: Path, heard: Wait, events: list[Event]) -> None:
     with ModelManager(config_of(small_model, engine={"keep_alive": 0})) as manager:
-        manager.load_base_model()
+        manager.load()
         manager.generate("Hi")
         heard("unload")
         begin = threading.Barrier(6)
@@ -95,7 +95,7 @@ def test_many_requests_at_once_bring_it_back_once(small_model: Path, heard: Wait
 
 def test_a_model_in_use_stays(brief: ModelManager) -> None:
     """An answer that takes longer than the model would stay does not find it on its way out."""
-    brief.load_base_model()
+    brief.load()
     stream = brief.stream("Hi", max_new_tokens=4000)
     next(stream)
     assert not threading.Event().wait(3 * SOON)
@@ -106,7 +106,7 @@ def test_a_model_in_use_stays(brief: ModelManager) -> None:
 
 def test_a_call_has_the_model_until_its_end(brief: ModelManager, heard: Wait) -> None:
     """What a call does between having the model and asking it takes as long as it takes."""
-    brief.load_base_model()
+    brief.load()
     with brief._life.lease() as model:
         assert not threading.Event().wait(3 * SOON)
         assert brief.is_loaded()
@@ -116,7 +116,7 @@ def test_a_call_has_the_model_until_its_end(brief: ModelManager, heard: Wait) ->
 
 def test_zero_lets_the_model_go_after_an_answer_and_not_before_the_first(small_model: Path, heard: Wait) -> None:
     with ModelManager(config_of(small_model, engine={"keep_alive": 0})) as manager:
-        manager.load_base_model()
+        manager.load()
         assert not threading.Event().wait(SOON)
         assert manager.is_loaded()
         for times in (1, 2):
@@ -127,7 +127,7 @@ def test_zero_lets_the_model_go_after_an_answer_and_not_before_the_first(small_m
 
 def test_a_stream_that_nobody_holds_does_not_keep_the_model(brief: ModelManager, heard: Wait) -> None:
     """It was neither read to its end nor closed."""
-    brief.load_base_model()
+    brief.load()
     next(brief.stream("Hi", max_new_tokens=4000))
     gc.collect()
     assert heard("unload").fields["ok"]
@@ -135,7 +135,7 @@ def test_a_stream_that_nobody_holds_does_not_keep_the_model(brief: ModelManager,
 
 def test_a_stream_that_nobody_reads_does_not_keep_the_model(brief: ModelManager, heard: Wait) -> None:
     """What was made for it can be read when the model is gone."""
-    brief.load_base_model()
+    brief.load()
     stream = brief.stream("Hi", max_new_tokens=50)
     heard("unload")
     assert "".join(map(str, stream))
@@ -143,24 +143,24 @@ def test_a_stream_that_nobody_reads_does_not_keep_the_model(brief: ModelManager,
 
 
 def test_a_model_that_was_unloaded_does_not_come_back_by_itself(brief: ModelManager) -> None:
-    brief.load_base_model()
+    brief.load()
     brief.unload_model()
-    with pytest.raises(ModelNotLoadedError, match="load_base_model"):
+    with pytest.raises(ModelNotLoadedError, match=r"load\(\)"):
         brief.generate("Hi")
 
 
 def test_unloading_what_has_gone_already_is_nothing(brief: ModelManager, heard: Wait) -> None:
     """And it says that the model is not to come back."""
-    brief.load_base_model()
+    brief.load()
     heard("unload")
     assert brief.unload_model().model is None
-    with pytest.raises(ModelNotLoadedError, match="load_base_model"):
+    with pytest.raises(ModelNotLoadedError, match=r"load\(\)"):
         brief.generate("Hi")
 
 
 def test_a_model_that_stays_for_ever_has_no_thread_for_it(manager: ModelManager) -> None:
     before = _threads()
-    manager.load_base_model()
+    manager.load()
     assert _threads() == before
 
 
@@ -178,7 +178,7 @@ def test_the_thread_keeps_no_manager(small_model: Path) -> None:
     """One that nobody holds goes with its model, long before that is due."""
     before = set(_threads())
     manager = ModelManager(config_of(small_model, engine={"keep_alive": "1h"}))
-    manager.load_base_model()
+    manager.load()
     manager.generate("Hi")
     (thread,) = (one for one in _threads() if one not in before)
     life = weakref.ref(manager._life)
@@ -195,7 +195,7 @@ def test_a_program_ends_as_if_there_were_no_thread(small_model: Path, keep_alive
     script = (
         "import sys\nfrom loadstone import ModelManager\n"
         "manager = ModelManager({'model_config': {'base_model': sys.argv[1]}, 'engine': {'keep_alive': sys.argv[2]}})\n"
-        "manager.load_base_model()\nmanager.generate('Hi', max_new_tokens=2)\nprint('end')\n"
+        "manager.load()\nmanager.generate('Hi', max_new_tokens=2)\nprint('end')\n"
     )
     command = [sys.executable, "-c", script, str(small_model), keep_alive]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)

@@ -37,7 +37,7 @@ def tight(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelM
     """A manager that is told of no room for two models; loaded, and its weights are stored."""
     monkeypatch.setattr(life, "_fit_together", lambda *_: False)  # models this small would fit ten times
     with ModelManager(config_of(small_model, context=CONTEXT)) as manager:
-        manager.load_base_model()
+        manager.load()
         yield manager
 
 
@@ -54,7 +54,7 @@ def _failing(*_: Any) -> torch.Tensor:
 
 def test_a_setting_changes_with_a_reload_and_stays(manager: ModelManager) -> None:
     """By its name alone, by a section's, and by both; the next reload keeps it."""
-    manager.load_base_model()
+    manager.load()
     manager.reload_model(quantization="8bit", generation={"top_k": 3})
     manager.reload_model()
     info = manager.get_model_info()
@@ -69,7 +69,7 @@ def test_a_setting_that_nobody_knows_is_refused_with_the_nearest(manager: ModelM
 
 
 def test_another_configuration_takes_the_place_of_all(manager: ModelManager, small_model: Path) -> None:
-    manager.load_base_model()
+    manager.load()
     manager.reload_model(quantization="8bit")
     manager.reload_model(config_of(small_model, context=CONTEXT))
     assert manager.get_model_info()["strategy"] == "4bit"
@@ -85,7 +85,7 @@ def test_the_configuration_file_is_read_again(
     file.write_text(yaml.safe_dump(config_of(small_model)), encoding="utf-8")
     monkeypatch.chdir(file.parent)
     with ModelManager() as manager:
-        manager.load_base_model()
+        manager.load()
         file.write_text(yaml.safe_dump(config_of(small_model, context=CONTEXT)), encoding="utf-8")
         monkeypatch.chdir(tmp_path)
         manager.reload_model()
@@ -98,11 +98,11 @@ def test_a_mistake_in_the_file_leaves_the_model_as_it_is(small_model: Path, tmp_
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(config_of(small_model)), encoding="utf-8")
     with ModelManager(file) as manager:
-        _, model = manager.load_base_model()
+        model = manager.load()
         file.write_text("model_config:\n  device: 7\n", encoding="utf-8")
         with pytest.raises(ConfigurationError, match=r"mine\.yaml:2"):
             manager.reload_model()
-        assert manager.load_base_model()[1] is model
+        assert manager.load() is model
         assert manager.config.config.model.base_model == str(small_model)
 
 
@@ -119,7 +119,7 @@ def test_what_the_caller_gave_is_above_a_file_that_is_read_again(small_model: Pa
 def test_the_reason_is_logged_and_told(
     manager: ModelManager, events: list[Event], caplog: pytest.LogCaptureFixture
 ) -> None:
-    manager.load_base_model()
+    manager.load()
     with caplog.at_level(logging.INFO, "loadstone"):
         manager.reload_model(reason="a new revision")
     assert [event.fields["reason"] for event in _of(events, "reload")] == ["a new revision"]
@@ -143,12 +143,12 @@ def test_what_cannot_be_loaded_leaves_the_model_running(
     manager: ModelManager, events: list[Event], settings: dict[str, Any], error: type[Exception]
 ) -> None:
     """A wish, files or a plan that are refused: the old model goes on, and so does its configuration."""
-    _, model = manager.load_base_model()
+    model = manager.load()
     stream = manager.stream("Hi", max_new_tokens=50)
     before = manager.config
     with pytest.raises(error):
         manager.reload_model(**settings)
-    assert manager.load_base_model()[1] is model
+    assert manager.load() is model
     assert manager.config is before
     assert not _of(events, "unload")
     assert len(list(stream)) > 1
@@ -169,7 +169,7 @@ def test_a_refused_first_load_leaves_the_configuration(manager: ModelManager) ->
 def test_with_room_for_both_the_old_model_answers_until_the_new_one_is_there(
     manager: ModelManager, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, old = manager.load_base_model()
+    old = manager.load()
     said = str(manager.generate("Hi"))
     build = Loading.build
     meanwhile = []
@@ -177,19 +177,19 @@ def test_with_room_for_both_the_old_model_answers_until_the_new_one_is_there(
     def watched(self: Loading, *rest: Any) -> Any:
         made = build(self, *rest)
         meanwhile.append(str(manager.generate("Hi")))
-        assert manager.load_base_model()[1] is old
+        assert manager.load() is old
         return made
 
     monkeypatch.setattr(Loading, "build", watched)
-    _, new = manager.reload_model(quantization="8bit")
+    new = manager.reload_model(quantization="8bit")
     assert meanwhile == [said]
-    assert manager.load_base_model()[1] is new is not old
+    assert manager.load() is new is not old
     assert [event.fields["beside"] for event in _of(events, "reload")] == [True]
 
 
 def test_the_old_model_finishes_what_it_has_begun(manager: ModelManager) -> None:
     """And then nothing of it is left."""
-    _, old = manager.load_base_model()
+    old = manager.load()
     weights = [weakref.ref(tensor) for _, tensor in old.decoder.tensors()]
     stream = manager.stream("Hi", max_new_tokens=200)
     next(stream)
@@ -204,11 +204,11 @@ def test_the_old_model_finishes_what_it_has_begun(manager: ModelManager) -> None
 def test_a_failure_beside_the_old_model_does_not_touch_it(
     manager: ModelManager, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, old = manager.load_base_model()
+    old = manager.load()
     monkeypatch.setattr(Weights, "numbers", _failing)
     with pytest.raises(ModelLoadError, match="Input/output"):
         manager.reload_model(quantization="8bit")
-    assert manager.load_base_model()[1] is old
+    assert manager.load() is old
     assert manager.config.config.model.quantization == "4bit"
     assert not _of(events, "unload")
 
@@ -267,9 +267,9 @@ def test_when_neither_can_be_loaded_the_error_says_so(tight: ModelManager, monke
         with pytest.raises(ModelLoadError, match="Input/output") as caught:
             tight.reload_model(quantization="8bit")
     assert any("before it is gone too" in note for note in caught.value.__notes__)
-    with pytest.raises(ModelNotLoadedError, match="load_base_model"):
+    with pytest.raises(ModelNotLoadedError, match=r"load\(\)"):
         tight.generate("Hi")
-    tight.load_base_model()
+    tight.load()
     assert tight.get_model_info()["strategy"] == "4bit"
 
 
@@ -293,7 +293,7 @@ def test_requests_that_come_meanwhile_wait(tight: ModelManager, monkeypatch: pyt
         assert not any(one.done() for one in asked)
         may_end.set()
         assert len({str(one.result(PATIENCE)) for one in asked}) == 1
-        assert reload.result(PATIENCE)[1].plan.strategy == "8bit"
+        assert reload.result(PATIENCE).plan.strategy == "8bit"
 
 
 def test_reloading_again_and_again_needs_no_more_memory(tight: ModelManager) -> None:
@@ -306,7 +306,7 @@ def test_reloading_again_and_again_needs_no_more_memory(tight: ModelManager) -> 
 
 
 def test_two_models_fit_together_where_their_sum_is_allowed(manager: ModelManager) -> None:
-    _, old = manager.load_base_model()
+    old = manager.load()
     held = sum(old.bytes.values()) + old.plan.activation_bytes
     enough = old.plan.needed_bytes + held
     assert life._fit_together(replace(old.plan, allowed_bytes=enough), old)

@@ -48,7 +48,7 @@ def loaded(configuration: ConfigManager) -> Iterator[Ready]:
         at_the_end.callback(_unload, manager)
         started = time.perf_counter()
         with heard("store.hit", "store.keeping", "store.warning") as events, shown_progress("Looking at the model"):
-            _, model = manager.load_base_model()
+            model = manager.load()
         load_s = time.perf_counter() - started
         weights = sum(model.decoder.weight_bytes().values())
         yield Ready(model, load_s, weights, model.engine.cache_bytes, _weights_from(model, events))
@@ -56,7 +56,7 @@ def loaded(configuration: ConfigManager) -> Iterator[Ready]:
 
 def _unload(manager: ModelManager) -> None:
     """Unload; where quantised weights must first be written to the store, show how far that is."""
-    is_waiting = manager.is_loaded() and not manager.load_base_model()[1].decoder.is_settled
+    is_waiting = manager.is_loaded() and not manager.load().decoder.is_settled
     with shown_progress(KEEPING) if is_waiting else nullcontext():
         manager.unload_model(cancel=True)
 

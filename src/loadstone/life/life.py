@@ -148,7 +148,7 @@ class Life:
             return found
 
     def _missing(self) -> ModelNotLoadedError:
-        hint = "Call load_base_model() first; it loads the configured model."
+        hint = "Call load() first; it loads the configured model."
         return ModelNotLoadedError(self._absence.value, hint=hint if self._absence is Absence.NOT_LOADED else None)
 
     def _load_first(self, wanted: ConfigManager) -> LoadedModel:
