@@ -32,7 +32,7 @@ def milliseconds_of(folder: Path, repetitions: int) -> tuple[list[float], int]:
         write_checkpoint(SHAPE, checkpoint)
     wish = {"model_config": {"base_model": str(checkpoint), "context": 512}, "engine": {"speculation": False}}
     with ModelManager(wish) as manager:
-        manager.load_base_model()
+        manager.load()
 
         def once() -> float:
             timing = manager.generate("1", max_new_tokens=TOKENS, temperature=0).timing
