@@ -97,7 +97,7 @@ def test_two_threads_answer_at_once(model: LoadedModel, alone: list[GenerationRe
         with ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(engine.generate, prompt, SHORT) for prompt in PROMPTS[:2]]
             gate.arrive()  # the first pass waits until both have asked
-            while len(engine._batcher._running) + len(engine._batcher._waiting) < 2:
+            while len(engine._batcher.admission.running) + len(engine._batcher.admission.waiting) < 2:
                 pass
             gate.open()
             found = [answer.result(PATIENCE) for answer in answers]

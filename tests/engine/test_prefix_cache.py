@@ -41,7 +41,8 @@ class Text:
 
 
 def _cache() -> KVCache:
-    return KVCache(1, 1, BLOCKS * KV_BLOCK, 1, torch.device("cpu"), torch.float32)
+    """A cache whose blocks are 4 KiB of keys, as large as a page of most systems."""
+    return KVCache(1, 1, BLOCKS * KV_BLOCK, 64, torch.device("cpu"), torch.float32)
 
 
 def _begin(prefixes: PrefixCache, cache: KVCache, prompt: Sequence[int], more: Sequence[int] = ()) -> Text | None:
@@ -181,21 +182,40 @@ def _begun(prefixes: PrefixCache, prompt: Sequence[int]) -> Places:
     return places
 
 
+def test_what_is_forgotten_is_read_again_and_its_blocks_are_free() -> None:
+    """A sequence under way keeps what it shares."""
+    cache = _cache()
+    prefixes = PrefixCache(cache)
+    _say(prefixes, cache, _numbers(3 * KV_BLOCK))
+    text = _begin(prefixes, cache, _numbers(KV_BLOCK + 1))
+    assert text is not None
+    assert prefixes.forget() == 2 * KV_BLOCK
+    assert cache.free_blocks == BLOCKS - 2
+    text.write(text.places.known, len(text.tokens))
+    assert text.said == text.tokens
+    prefixes.end(text.places, text.tokens)
+    assert prefixes.forget() == KV_BLOCK + 1
+    assert cache.free_blocks == BLOCKS
+    assert _say(prefixes, cache, _numbers(3 * KV_BLOCK)) == 0
+
+
 @dataclass(frozen=True)
 class Move:
-    """Begin a text when there is a prompt; else read on, or end, one of those under way."""
+    """Begin a text when there is a prompt; else read on, or end, one of those under way. Before, perhaps, forget."""
 
     prompt: tuple[int, ...]
     more: int
     which: int
     is_end: bool
+    forgets: bool
 
 
 # Texts of few different tokens, repeated, so that many begin alike and part anywhere.
 _PROMPTS = st.lists(st.sampled_from([(1,) * 9, (2,) * 7, (1, 2, 3), (3,) * 16]), min_size=1, max_size=6).map(
     lambda parts: tuple(token for part in parts for token in part)
 )
-_MOVES = st.builds(Move, st.just(()) | _PROMPTS, st.integers(0, 20), st.integers(0, 5), st.booleans())
+_RARELY = st.sampled_from([False] * 7 + [True])
+_MOVES = st.builds(Move, st.just(()) | _PROMPTS, st.integers(0, 20), st.integers(0, 5), st.booleans(), _RARELY)
 
 
 @settings(max_examples=200)
@@ -207,6 +227,10 @@ def test_whatever_comes_and_goes_every_text_reads_what_it_wrote(moves: list[Move
     prefixes = PrefixCache(cache)
     running: list[tuple[Text, int]] = []
     for move in moves:
+        if move.forgets:
+            prefixes.forget()
+            cache.give_pages_back()
+            assert [*prefixes.nodes()] == []
         if move.prompt:
             text = _begin(prefixes, cache, move.prompt, [4] * move.more)
             if text is not None:

@@ -13,7 +13,7 @@ from watched import PATIENCE, Gate, watched_engine
 
 from loadstone import ContextLengthError, Event, GenerationError, ModelManager, QueueFullError, ResourceError
 from loadstone.config import EngineConfig, Sampling
-from loadstone.engine import Engine, Stream, batcher
+from loadstone.engine import Engine, Stream, admission
 from loadstone.loaded import LoadedModel
 
 SYSTEM = "You are a careful analyst of energy markets. " * 8
@@ -195,11 +195,22 @@ def test_how_far_a_long_prompt_is_read_is_told(model: LoadedModel, events: list[
         told = [event.fields for event in events if event.name == "generate.read"]
         assert [one["tokens"] for one in told] == [*range(32, length, 32), length]
         assert {one["of"] for one in told} == {length}
+        assert len({one["request"] for one in told}) == 1
         assert sorted(one["seconds"] for one in told) == [one["seconds"] for one in told]
         events.clear()
         known = engine.generate("word " * 40, SHORT, system=SYSTEM).usage.cached_tokens
         told = [event.fields for event in events if event.name == "generate.read"]
         assert told[0]["tokens"] == known + 32
+
+
+def test_what_is_told_of_two_prompts_names_each(model: LoadedModel, events: list[Event]) -> None:
+    small = replace(model.plan.settings, prefill_chunk=16)
+    with watched_engine(model, streams=2, settings=small) as (engine, _):
+        streams = [engine.stream(question, SHORT) for question in QUESTIONS[:2]]
+        assert [_rest(stream) for stream in streams] == [12, 12]
+    lengths = {one.id: one.result.usage.prompt_tokens for one in streams}
+    told = [event.fields for event in events if event.name == "generate.read"]
+    assert {one["request"]: one["of"] for one in told} == lengths
 
 
 # -- queue ------------------------------------------------------------------------------------------------------------
@@ -246,7 +257,7 @@ def test_a_request_that_cannot_be_begun_fails_alone(model: LoadedModel, monkeypa
     """Memory that runs out while it is admitted reaches who asked; its places come back, and the next is answered."""
     with watched_engine(model, EngineConfig()) as (engine, _):
         with monkeypatch.context() as patch:
-            patch.setattr(batcher, "Drafter", _out_of_memory)
+            patch.setattr(admission, "Drafter", _out_of_memory)
             with pytest.raises(ResourceError):
                 engine.generate("Hi", SHORT)
         assert engine.generate("Hi", SHORT).text

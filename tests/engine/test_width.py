@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from watched import Watched, watched_engine
 
 from loadstone import Event, ModelManager, ResourceError
 from loadstone.config import EngineConfig, Sampling
-from loadstone.engine import width
+from loadstone.engine import admission, width
 from loadstone.engine.width import Pressure, Width
 from loadstone.loaded import LoadedModel
 
@@ -90,8 +92,45 @@ def test_nobody_joins_while_memory_is_short(model: LoadedModel, monkeypatch: pyt
         assert all(len(one) == 1 for one in watched.passes)
 
 
+def test_known_prefixes_go_before_anybody_under_way_does_less(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, events: list[Event]
+) -> None:
+    """Then chunks get smaller, one rung at a look; each is told with its reason, and the answer is what it was."""
+    expected = model.generate(PROMPTS[1], max_new_tokens=40, temperature=0).text
+    with watched_engine(model, wish=EngineConfig()) as (engine, watched):
+        engine.generate(PROMPTS[1], GREEDY)
+        engine.wait_until_idle()
+        known = len([*engine._batcher.prefixes.nodes()])
+        monkeypatch.setattr(Pressure, "is_felt", lambda self: True)
+        monkeypatch.setattr(admission, "LOOK_S", 0.0)
+        assert engine.generate(PROMPTS[1], Sampling(max_new_tokens=40)).text == expected
+        engine.wait_until_idle()
+    assert known > 0
+    told = [one.fields for one in events if one.name == "generate.step_down"]
+    assert all("memory is left" in one["reason"] for one in told)
+    assert "known tokens" in told[0]["was"]
+    assert "gave back" in told[0]["now"]
+    widths = [one["now"] for one in told if "a step" in one["now"]]
+    assert [width.split()[0] for width in widths] == ["32", "16"]
+    assert "without guesses" not in widths[-1]  # that is for steps that failed
+    assert watched.passes[0]
+
+
+def test_a_step_that_failed_is_made_again_without_what_was_known(model: LoadedModel, events: list[Event]) -> None:
+    with watched_engine(model, wish=EngineConfig()) as (engine, watched):
+        engine.generate("A text of another kind, which is remembered. " * 3, GREEDY)
+        seen = fail_above(watched, 40, times=1)
+        engine.generate(PROMPTS[1], GREEDY)
+    assert seen[:2] == [seen[0]] * 2
+    (told,) = [one.fields for one in events if one.name == "generate.step_down"]
+    assert "known tokens" in told["was"]
+    assert "out of memory" in told["reason"]
+
+
 def test_pressure_is_felt_when_less_is_left_than_is_reserved() -> None:
-    assert Pressure(2**60).is_felt()
+    pressure = Pressure(2**60)
+    assert pressure.is_felt()
+    assert re.fullmatch(r"[0-9.]+ [KMG]B of memory is left, and the largest step may take 1152922 TB", str(pressure))
     assert not Pressure(0).is_felt()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from lives import PATIENCE, Wait, config_of
 
-from loadstone import ConfigurationError, Event, ModelManager, ModelNotLoadedError
+from loadstone import ConfigurationError, Event, GenerationError, ModelManager, ModelNotLoadedError
 from loadstone.config import EngineConfig
 
 SOON = 0.05  # seconds
@@ -63,6 +63,14 @@ def test_an_idle_model_goes(brief: ModelManager, heard: Wait) -> None:
     assert not brief.is_loaded()
     with pytest.raises(ModelNotLoadedError, match="keep_alive"):
         brief.get_model_info()
+
+
+def test_who_kept_a_model_that_went_is_told_whom_to_ask(brief: ModelManager, heard: Wait) -> None:
+    _, model = brief.load_base_model()
+    heard("unload")
+    with pytest.raises(GenerationError, match=r"unloaded.*\n.*manager\.generate") as caught:
+        model.generate("Hi")
+    assert "idle" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("ask", ["generate", "stream", "generate_batch"])

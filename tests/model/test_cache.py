@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loadstone.hardware import resident_bytes
 from loadstone.model import KVCache
 from loadstone.quantization.kernels.words import KV_BLOCK
 
@@ -79,3 +83,60 @@ def test_a_cache_for_nothing_is_empty() -> None:
     """It takes no memory, and has no block to give."""
     cache = KVCache(2, 1, 0, 8, torch.device("cpu"), torch.float16)
     assert (cache.nbytes, cache.tokens, cache.free_blocks) == (0, 0, 0)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes single pages back")
+
+
+def _resident(cache: KVCache) -> int:
+    found = resident_bytes((one.data_ptr(), one.nbytes) for one in (cache.keys, cache.values))
+    assert found is not None
+    return found
+
+
+@on_linux
+def test_pages_of_blocks_that_nobody_holds_go_back_and_come_again() -> None:
+    """What is held says what it said; each layer's head gives back what it had."""
+    cache = KVCache(2, 3, 64 * KV_BLOCK, 128, torch.device("cpu"), torch.float16)  # blocks of 4 KiB a head
+    blocks = cache.take(64)
+    for kept in (cache.keys, cache.values):
+        kept.copy_(torch.randn(kept.shape))
+    held = [*range(10), 40]
+    rows = [block * KV_BLOCK + row for block in held for row in range(KV_BLOCK)]
+    before = cache.keys[:, :, rows].clone(), cache.values[:, :, rows].clone()
+    cache.give_back([block for block in blocks if block not in held])
+    full = _resident(cache)
+    assert cache.give_pages_back() == 64 - len(held)
+    assert _resident(cache) <= full * len(held) / 64 + 12 * mmap.PAGESIZE
+    assert torch.equal(cache.keys[:, :, rows], before[0])
+    assert torch.equal(cache.values[:, :, rows], before[1])
+    cache.keys[:, :, :] = 2.0
+    assert bool((cache.keys == 2.0).all())
+
+
+@on_linux
+def test_pages_are_given_back_once() -> None:
+    """Blocks that nobody had since then have no pages; a page that a held block shares stays."""
+    cache = KVCache(1, 1, 8 * KV_BLOCK, 4, torch.device("cpu"), torch.float16)  # blocks of 128 B
+    assert cache.give_pages_back() == 0
+    first, *rest = cache.take(8)
+    cache.keys[:] = 3.0
+    cache.give_back(rest)
+    assert [cache.give_pages_back(), cache.give_pages_back()] == [7, 0]
+    assert bool((cache.keys[0, 0, first * KV_BLOCK : (first + 1) * KV_BLOCK] == 3.0).all())
+
+
+def test_a_system_that_takes_no_single_pages_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(1, 1, 64 * KV_BLOCK, 128, torch.device("cpu"), torch.float16)
+    cache.give_back(cache.take(64))
+    monkeypatch.setattr(mmap, "MADV_REMOVE", 2**20, raising=False)  # which no system knows
+    assert cache.can_give_pages_back
+    assert cache.give_pages_back() == 0
+    assert not cache.can_give_pages_back
+
+
+def test_memory_of_an_accelerator_does_not_go_back_in_pieces() -> None:
+    cache = KVCache(1, 1, 64, 128, torch.device("meta"), torch.float16)
+    cache.give_back(cache.take(4))
+    assert not cache.can_give_pages_back
+    assert cache.give_pages_back() == 0

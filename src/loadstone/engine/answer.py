@@ -1,14 +1,17 @@
-"""One answer, waiting or under way: what it may take, what it has come to, and which tokens come next."""
+"""One answer, waiting or under way: what it may take, what it has come to, and which tokens come next.
+
+Its text goes to who asked as it is made.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from .logprobs import TokenLogprob
 from .prefix_cache import Places
-from .request import GenerationResult, Request, Timing, Usage
+from .request import Chunk, GenerationResult, Request, Timing, Usage
 from .sampling import Sampler
 from .speculation import Drafter
 from .stop import StopStrings
@@ -77,6 +80,27 @@ class Answer:
         if not self.tokens:
             self.read = start
         self.drafts = []
+
+    def add(self, token: int, ends: Container[int]) -> str | None:
+        """Send what text a chosen token completes; return why the answer ends with it, or None."""
+        if token in ends:
+            return "stop"
+        text, is_stopped = self.stop.push(self.text.push(token))
+        self._send(text)
+        if is_stopped:
+            return "stop"
+        return "length" if self.length >= self.room else None
+
+    def flush(self, reason: str) -> str:
+        """Send what was held back; return why the answer ends, which a stop string in it may decide after all."""
+        last, _ = self.stop.push(self.text.flush())
+        self._send(last + self.stop.flush())
+        return "stop" if self.stop.hit else reason
+
+    def _send(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+            self.request.line.put(Chunk(text))
 
     def result(self, reason: str) -> GenerationResult:
         """Return what was asked for, as it is now, ended for this reason."""

@@ -78,7 +78,7 @@ class PrefixCache:
     """
 
     def __init__(self, cache: KVCache, *, is_on: bool = True) -> None:
-        self._cache = cache
+        self.cache = cache
         self._is_on = is_on
         self._root = Node((), NOWHERE, None)
         self._promised = 0
@@ -89,7 +89,7 @@ class PrefixCache:
     @property
     def free_blocks(self) -> int:
         """How many blocks no sequence under way holds."""
-        return self._cache.free_blocks + len(self._idle)
+        return self.cache.free_blocks + len(self._idle)
 
     @property
     def promised_blocks(self) -> int:
@@ -127,7 +127,7 @@ class PrefixCache:
         self._promised += needed
         self.reach(places, len(prompt))
         if source is not None and source.block != NOWHERE:
-            self._cache.copy(source.block, places.own[len(path)], shared)
+            self.cache.copy(source.block, places.own[len(path)], shared)
             places.known += shared
         return places
 
@@ -139,7 +139,7 @@ class PrefixCache:
         if count > places.promised:
             raise ValueError(f"{length} tokens are more than the {len(places.whole)} blocks that were promised take")
         self._make_room(count)
-        blocks = self._cache.take(count)
+        blocks = self.cache.take(count)
         self._promised -= count
         places.own.update(enumerate(blocks, start))
         places.whole[start : start + count] = block_table_of(blocks)
@@ -158,7 +158,7 @@ class PrefixCache:
                 node = self._grow(parent, said, block)
             else:  # another sequence has said the same meanwhile
                 places.whole[index] = node.block
-                self._cache.give_back([block])
+                self.cache.give_back([block])
             self._hold(node)
             places.path.append(node)
 
@@ -177,7 +177,7 @@ class PrefixCache:
             node.references -= 1
             if node.references == 0:
                 self._idle[node] = None
-        self._cache.give_back([*places.own.values()])
+        self.cache.give_back([*places.own.values()])
 
     def adopt(self, said: Sequence[Tokens], parents: Sequence[int]) -> list[int]:
         """Remember texts from elsewhere: the tokens of each block, and which one comes before it, or -1.
@@ -193,7 +193,7 @@ class PrefixCache:
             if parent is not None and tokens and (parent is self._root or len(parent.tokens) == KV_BLOCK):
                 node = parent.child(tokens)
                 if node is None:
-                    block = self._cache.take(1)[0]
+                    block = self.cache.take(1)[0]
                     node = self._grow(parent, tokens, block)
             nodes.append(node)
             blocks.append(block)
@@ -202,6 +202,12 @@ class PrefixCache:
                 self._idle[node] = None
                 self._idle.move_to_end(node)
         return blocks
+
+    def forget(self) -> int:
+        """Forget what no sequence under way holds; return how many tokens that were."""
+        count = sum(len(node.tokens) for node in self._idle)
+        self._make_room(self.free_blocks)
+        return count
 
     def _path(self, prompt: Sequence[int]) -> list[Node]:
         """Return the nodes whose tokens the prompt begins with; the last token is not among them."""
@@ -235,11 +241,11 @@ class PrefixCache:
 
     def _make_room(self, count: int) -> None:
         """Forget blocks that no sequence holds, longest unused and outermost first, until `count` are free."""
-        while self._cache.free_blocks < count:
+        while self.cache.free_blocks < count:
             node, _ = self._idle.popitem(last=False)
             assert node.parent is not None  # the root is held by nobody, and is not idle
             del node.parent.children[node.parent.place_of(node.tokens)]
-            self._cache.give_back([node.block])
+            self.cache.give_back([node.block])
             node.block = NOWHERE
 
 

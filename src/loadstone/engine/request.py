@@ -6,6 +6,7 @@ tokens' meaning and no model.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections import deque
@@ -86,11 +87,15 @@ class Chunk:
         return self.text
 
 
+_numbers = itertools.count(1)
+
+
 @dataclass(eq=False)
 class Request:
     """What is asked: tokens of the prompt and the rules for the answer; and the line on which chunks go back.
 
-    Who cancels it puts it among the `cancellations`, so that who serves it need not look at every request.
+    `id` names it in events: requests of a process are numbered from 1. Who cancels it puts it among the
+    `cancellations`, so that who serves it need not look at every request.
     """
 
     prompt: Sequence[int]
@@ -99,6 +104,7 @@ class Request:
     line: queue.SimpleQueue[Chunk | BaseException] = field(default_factory=queue.SimpleQueue)
     cancellations: deque[Request] = field(default_factory=deque)
     is_cancelled: bool = False
+    id: int = field(default_factory=_numbers.__next__)
 
     def cancel(self) -> None:
         """Ask for no more. Takes no lock: a stream that nobody holds calls it wherever Python collects garbage."""
@@ -119,6 +125,11 @@ class Stream(Iterator[Chunk]):
         self._source = source
         self._result: GenerationResult | None = None
         self._is_over = False
+
+    @property
+    def id(self) -> int:
+        """The number that names this request in events (`generate.read`)."""
+        return self._request.id
 
     @property
     def result(self) -> GenerationResult:

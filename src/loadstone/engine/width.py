@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from loadstone.hardware import memory_limits
 from loadstone.planner.ladder import SMALLEST_CHUNK
+from loadstone.units import format_size
 
 MOST_TOGETHER = 64  # sequences in one step; more would make every one of them slow
 LOOK_S = 0.25  # between two looks at the machine's memory
@@ -41,11 +42,15 @@ class Pressure:
     def __init__(self, reserve: int) -> None:
         self._reserve = reserve
         self._looked_at = 0.0
-        self._is_short = False
+        self._left = reserve
 
     def is_felt(self) -> bool:
         """Tell how it was at most a quarter of a second ago."""
         if time.monotonic() - self._looked_at > LOOK_S:
-            self._is_short = memory_limits().free_bytes < self._reserve
+            self._left = memory_limits().free_bytes
             self._looked_at = time.monotonic()
-        return self._is_short
+        return self._left < self._reserve
+
+    def __str__(self) -> str:
+        left, reserve = format_size(self._left), format_size(self._reserve)
+        return f"{left} of memory is left, and the largest step may take {reserve}"

@@ -18,7 +18,8 @@ from loadstone.quantization.kernels.words import KV_BLOCK
 class KVCache:
     """Keys and values for `tokens` tokens in all, rounded up to whole blocks of KV_BLOCK.
 
-    `keys` and `values` are layers × kv_heads × places × head_size. On the CPU pages are taken only as tokens come.
+    `keys` and `values` are layers × kv_heads × places × head_size. On the CPU pages are taken only as tokens come, and
+    on Linux those of blocks that nobody holds can go back to the system.
     """
 
     def __init__(
@@ -26,9 +27,11 @@ class KVCache:
     ) -> None:
         self.blocks = blocks_for(tokens)
         shape = (layers, kv_heads, self.blocks * KV_BLOCK, head_size)
-        self.keys = _lazy(shape, dtype, device)
-        self.values = _lazy(shape, dtype, device)
+        self._memory: list[mmap.mmap] = []  # of keys and of values, where it is pages of the system
+        self.keys = self._arena(shape, dtype, device)
+        self.values = self._arena(shape, dtype, device)
         self._free = [*reversed(range(self.blocks))]  # the next one last
+        self._touched: set[int] = set()  # blocks that somebody had since pages were given back
 
     @property
     def tokens(self) -> int:
@@ -49,11 +52,57 @@ class KVCache:
         """Take `count` blocks, of which there must be enough."""
         if count > len(self._free):
             raise ValueError(f"{count} blocks were asked for and {len(self._free)} are free")
-        return [self._free.pop() for _ in range(count)]
+        taken = [self._free.pop() for _ in range(count)]
+        self._touched.update(taken)
+        return taken
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """Give back blocks that `take` gave; those given back last are taken first, while they are near the cores."""
         self._free.extend(reversed(blocks))
+
+    @property
+    def can_give_pages_back(self) -> bool:
+        """Whether the memory of single blocks can go back to the system."""
+        return bool(self._memory) and hasattr(mmap, "MADV_REMOVE")
+
+    def give_pages_back(self) -> int:
+        """Return to the system what it gave for blocks that nobody holds now; return how many blocks that were.
+
+        What they said is gone. Pages that have a part of another block stay.
+        """
+        stale = self._touched.intersection(self._free)
+        if not stale or not self.can_give_pages_back:
+            return 0
+        self._touched -= stale
+        layers, heads, places, size = self.keys.shape
+        plane = places * size * self.keys.itemsize  # bytes of one layer's head
+        block = KV_BLOCK * size * self.keys.itemsize
+        try:
+            for first, last in _runs(sorted(self._free)):
+                if stale.isdisjoint(range(first, last)):
+                    continue
+                for begin in range(0, layers * heads * plane, plane):
+                    self._let_go(begin + first * block, begin + last * block)
+        except OSError:
+            self._memory.clear()  # a system that does not know how is not asked again
+            return 0
+        return len(stale)
+
+    def _let_go(self, start: int, stop: int) -> None:
+        """Give back the pages that are within these bytes of the keys, and of the values."""
+        start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < stop:
+            for memory in self._memory:
+                # The mapping is a shared one, whose pages MADV_DONTNEED would only hide.
+                memory.madvise(mmap.MADV_REMOVE, start, stop - start)
+
+    def _arena(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or nbytes == 0:
+            return torch.empty(shape, dtype=dtype, device=device)
+        # Pages straight from the system: they come one by one as tokens do, and go when nobody has the tensor any more.
+        self._memory.append(mmap.mmap(-1, nbytes))
+        return torch.frombuffer(self._memory[-1], dtype=dtype).view(shape)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` tokens of one block to another."""
@@ -72,11 +121,12 @@ def block_table_of(blocks: Sequence[int]) -> torch.Tensor:
     return torch.tensor(blocks, dtype=torch.int64)
 
 
-def _lazy(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu" or 0 in shape:
-        return torch.empty(shape, dtype=dtype, device=device)
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    # Pages straight from the system: they come one by one as tokens do, and go when nobody has the tensor any more.
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the stretches [first, last) of numbers that follow one another; they are in order."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
