@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,13 @@ os.environ["LOADSTONE_HOME"] = _home.name
 
 if TYPE_CHECKING:
     from loadstone import Event, ModelManager
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> None:
+    """Leave what is there out of later collections: loads and unloads collect, and libraries have many objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,12 @@ def test_torch_is_imported_once() -> None:
         assert sys.modules["torch"] is torch
 
 
+@pytest.fixture
+def nothing_frozen() -> None:
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_collector_is_left_as_it_was(is_on: bool) -> None:
     """Off stays off and on comes back, also after an error; what was made counts as old."""
@@ -168,6 +174,7 @@ def test_what_somebody_froze_stays_frozen() -> None:
         gc.unfreeze()
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_garbage_that_was_not_looked_for_is_still_found() -> None:
     class Knot:
         pass
