@@ -20,7 +20,7 @@ ROOT = Path(loadstone.__file__).parent
 # TYPE_CHECKING counts like any other: who names a type knows the room that it is from.
 HOUSE = (
     ("errors", "units", "folders", "memory", "startup", "telemetry", "_blake3"),
-    ("config", "retry"),
+    ("config", "retry", "plugins"),
     ("checkpoint", "hardware", "sources"),
     ("quantization", "store"),
     ("planner", "light"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoint import ModelSpec, inspect
 from .config import ConfigManager, LoadConfig, LoadstoneConfig
-from .errors import ConfigurationError, ResourceError, handle_exceptions
+from .errors import ConfigurationError, LoadstoneError, ResourceError, handle_exceptions
 from .folders import cache_folder
 from .hardware import Device, MemorySettings, get_device_manager, process_rss
 from .hardware.speeds import Speeds, machine_speeds
@@ -25,11 +25,10 @@ from .planner import Expected, Machine, Plan, expect, find_machine
 from .planner import plan as decide
 from .planner.accuracy import Allowance, allowance_of, kind_of, read_records
 from .planner.runtime import BARE, REST, TORCH, runtime_bytes
-from .quantization import AUTO, find_strategy, known_strategies
+from .quantization import AUTO, STRATEGIES, find_strategy
 from .quantization.base import Strategy
 from .sources import Headers, resolve_headers
 from .store import open_store
-from .telemetry import emit
 
 FITS, FITS_WITH_LESS, DOES_NOT_FIT = "fits", "fits with less", "does not fit"
 UNBOUNDED = 2**62
@@ -160,7 +159,7 @@ class _Forecasting:
     def forecast(self) -> Forecast:
         """Return all that is told."""
         plan, refusal = self._decided(self.wish)
-        rows = tuple(self._row(strategy, plan) for strategy in _strategies())
+        rows = tuple(self._rows(plan))
         return Forecast(
             spec=self.spec,
             verdict=self._verdict(plan, refusal),
@@ -195,6 +194,16 @@ class _Forecasting:
             wish, self.spec, device, self.settings, runtime_bytes=self.runtime_bytes, resident_bytes=self.resident,
             is_kept=self._is_in_store,
         )  # fmt: skip
+
+    def _rows(self, chosen: Plan | None) -> Iterator[Row]:
+        """Yield a row a strategy; a plug-in that fails keeps nobody from a plan."""
+        for name, strategy in STRATEGIES.all().items():
+            try:
+                yield self._row(strategy, chosen)
+            except LoadstoneError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a plug-in raises
+                STRATEGIES.set_aside(name, error)
 
     def _row(self, strategy: Strategy, chosen: Plan | None) -> Row:
         name = strategy.name
@@ -235,17 +244,6 @@ class _Forecasting:
         """Return the largest file of the model, to read a little of, or the folder that it would be in."""
         files = [file for file in self.headers.files.weights if file not in self.headers.remote]
         return max(files, key=lambda file: file.stat().st_size, default=self.headers.files.folder)
-
-
-def _strategies() -> list[Strategy]:
-    """Return all strategies but plug-ins that cannot be imported: one that is broken keeps nobody from a plan."""
-    found = []
-    for name in known_strategies():
-        try:
-            found.append(find_strategy(name))
-        except Exception as error:  # noqa: BLE001 - whatever a plug-in raises
-            emit("plan.warning", strategy=name, reason=f"{type(error).__name__}: {error}")
-    return found
 
 
 def _another_device(device: str, machine: Machine) -> ConfigurationError:

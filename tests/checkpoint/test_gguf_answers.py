@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_models import HEAD_SIZE, Folder, gguf_files, random_tensors, tiny_config, write_gguf
 
-from loadstone.checkpoint import architectures, inspect, open_weights
-from loadstone.checkpoint.architectures import find_architecture, register_architecture
+from loadstone.checkpoint import inspect, open_weights
+from loadstone.checkpoint.architectures import ARCHITECTURES, find_architecture, register_architecture
 from loadstone.config import LoadConfig
 from loadstone.hardware import Device, MemorySettings
 from loadstone.model import build
 from loadstone.planner import plan
-from loadstone.quantization import register_strategy, registry
+from loadstone.quantization import STRATEGIES, register_strategy
 from loadstone.quantization.none import NoQuantization
 from loadstone.sources.base import ModelFiles
 
@@ -81,7 +81,7 @@ def test_packed_weights_answer_much_like_the_whole_ones(tmp_path: Path, kind: st
 
 
 def test_a_registered_architecture_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    monkeypatch.setattr(ARCHITECTURES, "_things", dict(ARCHITECTURES._things))
     llama = find_architecture("llama")
     assert llama is not None
     register_architecture(replace(llama, name="herd"))
@@ -92,7 +92,7 @@ def test_a_registered_architecture_is_decoded(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_registered_strategy_keeps_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(STRATEGIES, "_things", dict(STRATEGIES._things))
 
     class Plain(NoQuantization):
         name = "plain"

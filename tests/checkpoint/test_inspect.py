@@ -17,7 +17,7 @@ from tiny_models import Folder, random_tensors, tiny_config
 
 from loadstone import telemetry
 from loadstone.checkpoint import inspect, known_architectures, open_weights, register_architecture
-from loadstone.checkpoint.architectures import _TABLE, Architecture
+from loadstone.checkpoint.architectures import ARCHITECTURES, Architecture
 from loadstone.checkpoint.config_json import architecture_of, sizes_of
 from loadstone.checkpoint.rope import rope_settings
 from loadstone.errors import CheckpointError
@@ -433,4 +433,4 @@ def test_a_registered_architecture_is_known_and_inspected(folder):
         config = tiny_config("tinyqwen")
         assert inspect(folder.write(config).files()).qkv_bias
     finally:
-        del _TABLE["tinyqwen"]
+        del ARCHITECTURES._things["tinyqwen"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
 import pytest
 
+from loadstone import plugins
 from loadstone.errors import ConfigurationError
 from loadstone.hardware import Device, DeviceManager, get_device_manager, probes, register_probe
 from loadstone.telemetry import Event
@@ -120,20 +122,31 @@ def test_asking_for_one_kind_does_not_probe_another() -> None:
 
 
 def test_new_kind_of_device_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_registered", {})
+    monkeypatch.setattr(probes.DEVICES, "_things", {})
     register_probe("toy", lambda: [Device("toy", 0, "Toy", GB, GB)])
     assert DeviceManager().resolve("toy:0").name == "Toy"
     assert list(probes.known_probes()) == ["cuda", "xpu", "mps", "toy", "cpu"]
 
 
 def test_broken_plug_in_keeps_nobody_from_the_processor(monkeypatch: pytest.MonkeyPatch, events: list[Event]) -> None:
-    plug_in = SimpleNamespace(name="npu", value="no_such_module:probe")
-    monkeypatch.setattr(probes, "entry_points", lambda group: [plug_in])
-    monkeypatch.setitem(probes._registered, "cuda", lambda: "none here")
-    monkeypatch.setitem(probes._registered, "mps", lambda: "none here")
+    """It is reported once, and stays among what is absent with its reason."""
+    plug_in = EntryPoint("npu", "no_such_module:probe", "loadstone.devices")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [plug_in])
+    monkeypatch.setattr(probes.DEVICES, "_problems", {})
+    monkeypatch.setattr(probes.DEVICES, "_things", {"cuda": lambda: "none here", "mps": lambda: "none here"})
     manager = DeviceManager()
-    assert manager.detect_optimal_device().kind == "cpu"
-    assert "ModuleNotFoundError" in manager.absent()["npu"]
+    for _ in range(2):
+        assert manager.detect_optimal_device().kind == "cpu"
+        assert "ModuleNotFoundError" in manager.absent()["npu"]
+    assert [event.name for event in events] == ["plugin.warning"]
+
+
+def test_a_plug_in_whose_probe_raises_keeps_nobody_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch, events: list[Event]
+) -> None:
+    monkeypatch.setattr(probes.DEVICES, "_things", {"cuda": lambda: 1 / 0, "mps": lambda: "none here"})
+    assert DeviceManager().detect_optimal_device().kind == "cpu"
+    assert "ZeroDivisionError" in DeviceManager().absent()["cuda"]
     assert {event.name for event in events} == {"hardware.warning"}
 
 

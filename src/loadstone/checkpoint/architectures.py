@@ -2,14 +2,14 @@
 
 Each is the same pre-norm transformer with rotary positions and a gated MLP; what differs is in the fields. A
 new architecture of this family is one `register_architecture` call, or an entry point in
-`loadstone.architectures`.
+`loadstone.architectures` with the architecture's name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
+
+from loadstone.plugins import Door, made
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,31 @@ class Architecture:
     gguf_permutes_rope: bool = False
 
 
-_TABLE: dict[str, Architecture] = {}
+LLAMA = Architecture("llama", gguf_name="llama", gguf_permutes_rope=True)
+MISTRAL = Architecture("mistral", qkv_bias=False, sliding_window="always", gguf_name="llama", gguf_permutes_rope=True)
+QWEN2 = Architecture("qwen2", qkv_bias=True, sliding_window="optional", gguf_name="qwen2")
+QWEN3 = Architecture(
+    "qwen3", query_key_norm=True, sliding_window="optional", default_head_size=128, gguf_name="qwen3"
+)  # fmt: skip
+
+ARCHITECTURES: Door[Architecture] = Door(
+    "loadstone.architectures",
+    {name.lower(): f"{__name__}:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3")},
+    lambda name, found: made(found, Architecture, name),
+)
 
 
 def register_architecture(architecture: Architecture) -> None:
     """Make an architecture known; the last registration of a name wins."""
-    _TABLE[architecture.name] = architecture
+    ARCHITECTURES.register(architecture.name, architecture)
 
 
 def find_architecture(name: str) -> Architecture | None:
-    """Return the architecture called `name` (`model_type`), or None when it is not known."""
-    if name not in _TABLE:
-        _load_plugins()
-    return _TABLE.get(name)
+    """Return the architecture called `name` (`model_type`), or None when it is not known.
+
+    Raises ConfigurationError when the plug-in that has it is broken.
+    """
+    return ARCHITECTURES.find(name)
 
 
 def find_gguf_architecture(gguf_name: str, *, windowed: bool = False) -> Architecture | None:
@@ -52,30 +64,11 @@ def find_gguf_architecture(gguf_name: str, *, windowed: bool = False) -> Archite
 
     GGUF files say "llama" for llama and mistral alike; `windowed` prefers the one that has a sliding window.
     """
-    _load_plugins()
-    fitting = [one for one in _TABLE.values() if one.gguf_name == gguf_name]
-    fitting.sort(key=lambda one: (one.sliding_window == "always") != windowed)  # stable: else as registered
+    fitting = [one for one in ARCHITECTURES.all().values() if one.gguf_name == gguf_name]
+    fitting.sort(key=lambda one: (one.sliding_window == "always") != windowed)  # stable: else built-ins first
     return fitting[0] if fitting else None
 
 
 def known_architectures() -> tuple[str, ...]:
     """Return the names that `find_architecture` knows, sorted."""
-    _load_plugins()
-    return tuple(sorted(_TABLE))
-
-
-@cache
-def _load_plugins() -> None:
-    for entry in entry_points(group="loadstone.architectures"):
-        plugin = entry.load()  # an Architecture, or what makes one
-        architecture = plugin if isinstance(plugin, Architecture) else plugin()
-        _TABLE.setdefault(architecture.name, architecture)
-
-
-for _built_in in (
-    Architecture("llama", gguf_name="llama", gguf_permutes_rope=True),
-    Architecture("mistral", qkv_bias=False, sliding_window="always", gguf_name="llama", gguf_permutes_rope=True),
-    Architecture("qwen2", qkv_bias=True, sliding_window="optional", gguf_name="qwen2"),
-    Architecture("qwen3", query_key_norm=True, sliding_window="optional", default_head_size=128, gguf_name="qwen3"),
-):
-    register_architecture(_built_in)
+    return tuple(sorted(ARCHITECTURES.names()))

@@ -52,7 +52,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at everything; takes as long as importing torch and bitsandbytes does."""
     found = Diagnosis()
-    for look in (_versions, _devices, _kernels, _memory, _disk, _network, _configuration, _store, _bundled):
+    for look in (_versions, _devices, _kernels, _memory, _disk, _network, _configuration, _store, _bundled, _plug_ins):
         look(found)
     return found
 
@@ -244,6 +244,21 @@ def _bundled(found: Diagnosis) -> None:
         return
     found.facts["bundled_model"] = str(files.weights[0])
     found.checks.append(Check("bundled model", True, "smollm2 is installed"))
+
+
+def _plug_ins(found: Diagnosis) -> None:
+    from loadstone.checkpoint.architectures import ARCHITECTURES
+    from loadstone.hardware.probes import DEVICES
+    from loadstone.quantization import STRATEGIES
+
+    found.facts["plug_ins"], found.facts["known"] = [], {}
+    for door in (STRATEGIES, DEVICES, ARCHITECTURES):
+        for plug_in in door.plug_ins():
+            found.facts["plug_ins"].append(asdict(plug_in))
+            text = plug_in.problem or f"{plug_in.group}, from {plug_in.package}"
+            remedy = f"It is passed over. Update or uninstall {plug_in.package}." if plug_in.problem else ""
+            found.checks.append(Check(f"plug-in {plug_in.name}", not plug_in.problem, text, remedy, required=False))
+        found.facts["known"][door.group.partition(".")[2]] = list(door.names())
 
 
 def _version(name: str) -> str | None:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def doctor(context: click.Context, as_json: bool) -> None:
     """Look at this machine and installation, and say what to do about each problem.
 
-    Tells devices, memory and container limits, kernels, versions, free disk and settings. Exits with 0 when models can
-    be loaded here, with 5 when something keeps them from it.
+    Tells devices, memory and container limits, kernels, plug-ins, versions, free disk and settings. Exits with 0
+    when models can be loaded here, with 5 when something keeps them from it.
     """
     with shown_progress("Looking at this machine"):
         with HeldInterrupts():
@@ -59,6 +59,8 @@ def _show(found: Diagnosis) -> None:
     rows(out, _devices(found.facts))
     heading(out, "memory")
     rows(out, _memory(found.facts["memory"]))
+    heading(out, "known, built in and from plug-ins")
+    rows(out, ((kind, ", ".join(names)) for kind, names in found.facts["known"].items()))
     heading(out, "versions")
     rows(out, ((name, number or "not installed") for name, number in found.facts["versions"].items()))
     if found.problems:

@@ -8,35 +8,43 @@ driver must not keep a model off the processor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
+from typing import Any, cast
+
+from loadstone.errors import ConfigurationError
+from loadstone.plugins import Door
 
 from .device import Device, Unusable
 
 Probe = Callable[[], "Sequence[Device] | str"]
 
-_BUILT_IN = {
-    "cuda": "loadstone.hardware.cuda:probe",
-    "xpu": "loadstone.hardware.xpu:probe",
-    "mps": "loadstone.hardware.mps:probe",
-    "cpu": "loadstone.hardware.cpu:probe",
-}
-_registered: dict[str, Probe] = {}
+
+def _probe(name: str, found: Any) -> Probe:
+    if not callable(found):
+        raise TypeError(f"{found!r} is no function that looks for devices")
+    return cast("Probe", found)
+
+
+DEVICES: Door[Probe] = Door(
+    "loadstone.devices",
+    {
+        "cuda": "loadstone.hardware.cuda:probe",
+        "xpu": "loadstone.hardware.xpu:probe",
+        "mps": "loadstone.hardware.mps:probe",
+        "cpu": "loadstone.hardware.cpu:probe",
+    },
+    _probe,
+)
 
 
 def register_probe(kind: str, probe: Probe) -> None:
     """Make a kind of device known, or replace the probe of a known one."""
-    _registered[kind] = probe
+    DEVICES.register(kind, probe)
 
 
 def known_probes() -> dict[str, Probe]:
     """Return the probes by kind, most wanted first: cuda, xpu, mps, plug-ins by name, and cpu last."""
-    probes = {kind: _lazy(place) for kind, place in _BUILT_IN.items() if kind != "cpu"}
-    for entry in sorted(entry_points(group="loadstone.devices"), key=lambda entry: entry.name):
-        probes[entry.name] = _lazy(entry.value)
-    probes.update(_registered)
-    cpu = probes.pop("cpu", None) or _lazy(_BUILT_IN["cpu"])
-    return {**probes, "cpu": cpu}
+    kinds = (*DEVICES.names(), *DEVICES.problems)
+    return {kind: _lazy(kind) for kind in sorted(kinds, key=lambda kind: kind == "cpu")}
 
 
 def run_probes(probes: Mapping[str, Probe]) -> tuple[tuple[Device, ...], dict[str, str]]:
@@ -57,12 +65,14 @@ def run_probes(probes: Mapping[str, Probe]) -> tuple[tuple[Device, ...], dict[st
     return tuple(devices), absent
 
 
-def _lazy(place: str) -> Probe:
-    """Return a probe that is imported from "module:attribute" when it is called."""
+def _lazy(kind: str) -> Probe:
+    """Return a probe that is imported when it is called; of a plug-in that cannot be used, one that says so."""
 
     def probe() -> Sequence[Device] | str:
-        module, _, attribute = place.partition(":")
-        found: Sequence[Device] | str = getattr(import_module(module), attribute)()
-        return found
+        try:
+            found = DEVICES.find(kind)
+        except ConfigurationError as error:
+            return error.message
+        return found() if found is not None else "it is not known any more"
 
     return probe

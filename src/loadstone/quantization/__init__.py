@@ -1,6 +1,6 @@
 """How a weight is kept and multiplied: the strategies, found by name."""
 
 from .base import Strategy
-from .registry import AUTO, find_strategy, known_strategies, register_strategy
+from .registry import AUTO, STRATEGIES, find_strategy, known_strategies, register_strategy
 
-__all__ = ["AUTO", "Strategy", "find_strategy", "known_strategies", "register_strategy"]
+__all__ = ["AUTO", "STRATEGIES", "Strategy", "find_strategy", "known_strategies", "register_strategy"]

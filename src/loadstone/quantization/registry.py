@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from importlib import import_module
-from importlib.metadata import entry_points
 
 from loadstone.errors import ConfigurationError
+from loadstone.plugins import Door, made
 
 from .base import Strategy
 
 AUTO = "auto"  # not a strategy: the planner chooses one
 ALIASES = {"nf4": "4bit", "int8": "8bit", "bf16": "none", "fp16": "none", "fp32": "none"}
-_BUILT_IN = {
-    "none": "loadstone.quantization.none:NoQuantization",
-    "8bit": "loadstone.quantization.int8:Int8",
-    "4bit": "loadstone.quantization.nf4:Nf4",
-}
-_registered: dict[str, Strategy] = {}
+STRATEGIES: Door[Strategy] = Door(
+    "loadstone.strategies",
+    {
+        "none": "loadstone.quantization.none:NoQuantization",
+        "8bit": "loadstone.quantization.int8:Int8",
+        "4bit": "loadstone.quantization.nf4:Nf4",
+    },
+    lambda name, found: made(found, Strategy, name),  # type: ignore[type-abstract]  # asked of, not made
+)
 
 
 def register_strategy(strategy: Strategy) -> None:
     """Make a strategy known under its name; the last registration of a name wins."""
-    _registered[strategy.name] = strategy
+    STRATEGIES.register(strategy.name, strategy)
 
 
 def known_strategies() -> tuple[str, ...]:
     """Return the names that `find_strategy` takes, best quality first, then plug-ins."""
-    plugins = {entry.name for entry in entry_points(group="loadstone.strategies")} | set(_registered)
-    return (*_BUILT_IN, *sorted(plugins - set(_BUILT_IN)))
+    return STRATEGIES.names()
 
 
 def find_strategy(name: str) -> Strategy:
-    """Return the strategy called `name` or one of its aliases; raise ConfigurationError when there is none."""
+    """Return the strategy called `name` or one of its aliases.
+
+    Raises ConfigurationError when there is none, or when the plug-in that has it is broken.
+    """
     name = ALIASES.get(name, name)
-    if name in _registered:
-        return _registered[name]
-    if name in _BUILT_IN:
-        return _load(_BUILT_IN[name])
-    for entry in entry_points(group="loadstone.strategies"):
-        if entry.name == name:
-            return _load(entry.value)
+    found = STRATEGIES.find(name)
+    if found is not None:
+        return found
     known = (*known_strategies(), *ALIASES, AUTO)
     near = get_close_matches(name, known, n=1)
     raise ConfigurationError(
@@ -48,12 +48,3 @@ def find_strategy(name: str) -> Strategy:
         key="quantization",
         hint=(f"Did you mean {near[0]}? " if near else "") + f"Known are {', '.join(known)}.",
     )
-
-
-def _load(place: str) -> Strategy:
-    module, _, attribute = place.partition(":")
-    strategy = getattr(import_module(module), attribute)()
-    if not isinstance(strategy, Strategy):
-        raise ConfigurationError(f"{place} is not a quantization.Strategy", key="quantization")
-    _registered[strategy.name] = strategy
-    return strategy
