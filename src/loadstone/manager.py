@@ -228,7 +228,7 @@ def get_model_manager(config: Config = None) -> ModelManager:
     """Return the manager of this process, made on the first call with `config`.
 
     Raises ConfigurationError when a later call brings another configuration: two models in one process take two
-    `ModelManager`s.
+    managers of their own.
     """
     with _one_lock:
         if not _one:
