@@ -20,10 +20,11 @@ from .errors import ConfigurationError, LoadstoneError, ResourceError, handle_ex
 from .folders import cache_folder
 from .hardware import Device, MemorySettings, get_device_manager, process_rss
 from .hardware.speeds import Speeds, machine_speeds
-from .light import light_files
+from .light import OWN_FORM, light_files
 from .planner import Expected, Machine, Plan, expect, find_machine
 from .planner import plan as decide
 from .planner.accuracy import Allowance, allowance_of, kind_of, read_records
+from .planner.own import own_strategy
 from .planner.runtime import BARE, REST, TORCH, runtime_bytes
 from .quantization import AUTO, STRATEGIES, find_strategy
 from .quantization.base import Strategy
@@ -183,16 +184,18 @@ class _Forecasting:
         retry = configured.config.retry
         return resolve_headers(wish.base_model, revision=wish.revision, offline=wish.offline, retry=retry)
 
-    def _decided(self, wish: LoadConfig) -> tuple[Plan | None, ResourceError | None]:
+    def _decided(
+        self, wish: LoadConfig, strategy: str | None = None
+    ) -> tuple[Plan | None, ResourceError | None]:  # fmt: skip
         try:
-            return self._plan(wish, self.device), None
+            return self._plan(wish, self.device, strategy), None
         except ResourceError as error:
             return None, error
 
-    def _plan(self, wish: LoadConfig, device: Device) -> Plan:
+    def _plan(self, wish: LoadConfig, device: Device, strategy: str | None = None) -> Plan:
         return decide(
             wish, self.spec, device, self.settings, runtime_bytes=self.runtime_bytes, resident_bytes=self.resident,
-            is_kept=self._is_in_store,
+            is_kept=self._is_in_store, strategy=strategy,
         )  # fmt: skip
 
     def _rows(self, chosen: Plan | None) -> Iterator[Row]:
@@ -207,19 +210,19 @@ class _Forecasting:
 
     def _row(self, strategy: Strategy, chosen: Plan | None) -> Row:
         name = strategy.name
-        wish = self.wish.model_copy(update={"quantization": name, "force": False})
-        found, refusal = (chosen, None) if chosen and chosen.strategy == name else self._decided(wish)
+        wish = self.wish.model_copy(update={"force": False})
+        found, refusal = (chosen, None) if chosen and chosen.strategy == name else self._decided(wish, name)
         if found is None:
-            found = self._priced(wish, refusal)
+            found = self._priced(wish, refusal, name)
         fits = found.needed_bytes <= found.allowed_bytes
         is_kept = self.store is not None and type(strategy).layout is not Strategy.layout
         expected = expect(found, self.spec, self.speeds, file_bytes=self.file_bytes, is_kept=is_kept)
         return Row(name, strategy.summary, fits, found, expected, self._is_in_store(name))
 
-    def _priced(self, wish: LoadConfig, refusal: ResourceError | None) -> Plan:
+    def _priced(self, wish: LoadConfig, refusal: ResourceError | None, strategy: str) -> Plan:
         """Return what a strategy that does not fit would take, as it would on a device without end."""
         endless = replace(self.device, total_bytes=UNBOUNDED, free_bytes=UNBOUNDED)
-        found = self._plan(wish.model_copy(update={"max_memory": None}), endless)
+        found = self._plan(wish.model_copy(update={"max_memory": None}), endless, strategy)
         allowed = refusal.allowed if refusal is not None and refusal.allowed is not None else 0
         return replace(found, device=self.device, allowed_bytes=allowed)
 
@@ -228,15 +231,17 @@ class _Forecasting:
             return FITS_WITH_LESS if refusal is not None and refusal.would_fit else DOES_NOT_FIT
         if plan.forced:
             return DOES_NOT_FIT
-        wished = self._priced(self.wish.model_copy(update={"quantization": plan.strategy}), None)
+        wished = self._priced(self.wish, None, plan.strategy)
         return FITS if plan.context >= wished.context and plan.streams >= wished.streams else FITS_WITH_LESS
 
     def _look_in_store(self, strategy: str) -> bool:
         """Tell whether the store of this machine has the weights kept this way."""
         if self.store is None or self.machine is not None:
             return False
-        wish = self.wish
-        if self.store.find_light(wish.base_model, wish.revision, strategy) is not None:
+        wish, names = self.wish, [strategy]
+        if strategy == own_strategy(self.spec):
+            names.append(OWN_FORM)
+        if any(self.store.find_light(wish.base_model, wish.revision, name) for name in names):
             return True
         return not self.headers.remote and self.store.has(self.spec, strategy)
 

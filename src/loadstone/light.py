@@ -14,12 +14,16 @@ from .quantization import AUTO, find_strategy
 from .sources import COMPANIONS, ModelFiles, hub_weights
 from .store import Entry, Store
 
+OWN_FORM = "own"  # in place of a strategy: what was quantised already, and nobody wanted otherwise
+
 
 def light_files(wish: LoadConfig, store: Store | None) -> ModelFiles | None:
     """Return the files of the wished model, without weights, when these are in the store for the wished strategy."""
     if store is None or wish.quantization == AUTO:
         return None
-    found = store.find_light(wish.base_model, wish.revision, find_strategy(wish.quantization).name)
+    strategy = find_strategy(wish.quantization).name
+    names = (strategy,) if wish.says("quantization") else (OWN_FORM, strategy)
+    found = next((one for name in names if (one := store.find_light(wish.base_model, wish.revision, name))), None)
     return None if found is None else ModelFiles(found.name, Path(found.folder), (), found.origin, found.revision)
 
 
@@ -38,6 +42,9 @@ def lighten(wish: LoadConfig, store: Store | None, files: ModelFiles, spec: Mode
             hint="Leave out --quantize-only.",
         )
     beside = [files.folder / name for name in COMPANIONS if (files.folder / name).is_file()]
-    asked = (wish.base_model, wish.revision, find_strategy(wish.quantization).name)
-    store.light.keep(asked, spec, beside, entry.manifest.key, entry.manifest.source)
+    is_own = spec.quantized is not None and not wish.says("quantization")
+    strategy = OWN_FORM if is_own else find_strategy(wish.quantization).name
+    store.light.keep(
+        (wish.base_model, wish.revision, strategy), spec, beside, entry.manifest.key, entry.manifest.source
+    )
     return weights.remove()

@@ -97,6 +97,7 @@ class LoadedModel:
             "revision": spec.revision,
             "architecture": spec.architecture.name,
             "format": spec.format,
+            "quantized": None if spec.quantized is None else spec.quantized.summary,
             "parameters": {"total": spec.parameters, **spec.parameters_by_part},
             "strategy": plan.strategy,
             "device": plan.device.torch_name,

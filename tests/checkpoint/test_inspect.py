@@ -257,7 +257,7 @@ def test_a_missing_config_is_named(folder):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({"bos_token_id": -3}, "bos_token_id is -3"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantised (gptq), which is not read"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: bits is None; read are 4, 8"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not known; known are default"),
         ({"rope_scaling": [1]}, "rope settings [1] are not an object"),
         ({"rope_scaling": {"type": "linear"}}, "rope's factor is None"),

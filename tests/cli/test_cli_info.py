@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.quantized_checkpoints import FORMATS, quantize_folder
 
 from loadstone.cli.info import count
 from loadstone.quantization import find_strategy
@@ -75,3 +76,19 @@ def test_text_is_for_people_and_a_missing_model_is_a_failure(cli):
 def test_numbers_of_parameters_are_rounded(number, text):
     """Three digits are as many as anybody reads."""
     assert count(number) == text
+
+
+@pytest.mark.parametrize("command", ["info", "plan"])
+def test_a_checkpoint_that_is_quantised_already_is_told_as_what_it_is(cli, small_model, command):
+    """How it was quantised, and why it is kept as it is kept."""
+    quantize_folder(small_model, small_model, FORMATS["FP8, blocks of 128 × 128"]())
+    about = json.loads(cli(command, str(small_model), "--json").out)
+    assert about["quantized"]["summary"] == "FP8 (E4M3), 8 bits, one scale a block of 128 × 128"
+    assert about["plan"]["strategy"] == "8bit"
+    shown = cli(command, str(small_model)).out
+    assert "already: FP8 (E4M3), 8 bits" in shown
+    assert "the form of the checkpoint" in " ".join(shown.split())
+
+
+def test_a_plain_checkpoint_is_not_told_as_quantised(cli, small_model):
+    assert json.loads(cli("info", str(small_model), "--json").out)["quantized"] is None

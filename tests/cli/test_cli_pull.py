@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.quantized_checkpoints import FORMATS, quantize_folder
 from tests.sources.fake_hub import FakeHub
 
 from loadstone import ModelManager
@@ -266,6 +267,25 @@ def test_quantize_only_keeps_no_original_and_answers_the_same(at_hub, small_mode
     assert at_hub.run("info", "org/model")["revision"] == at_hub.hub.commit
     assert len(at_hub.hub.asked_for("model.safetensors")) == asked
     assert at_hub.run("pull", "org/model", "--quantize-only")["freed_bytes"] == 0
+
+
+@pytest.fixture
+def fp8_at_hub(start, store_folder, small_model, here):
+    """A model that is quantised already, in a form that has to be made into another one."""
+    quantize_folder(small_model, small_model, FORMATS["FP8, blocks of 128 × 128"]())
+    with FakeHub({file.name: file.read_bytes() for file in small_model.iterdir()}) as hub:
+        yield AtHub(start, hub, here / "hub")
+
+
+def test_quantize_only_keeps_a_checkpoint_that_was_quantised_already_in_its_own_form(fp8_at_hub):
+    """Without the original weights it is still known as what it was."""
+    assert fp8_at_hub.run("pull", "org/model", "--quantize-only")["strategy"] == "8bit"
+    assert fp8_at_hub.weights() == []
+    assert fp8_at_hub.answer()
+    assert fp8_at_hub.weights() == []
+    about = fp8_at_hub.run("plan", "org/model")
+    assert about["quantized"]["summary"].startswith("FP8")
+    assert [row["strategy"] for row in about["strategies"] if row["in_store"]] == ["8bit"]
 
 
 def test_another_quantization_fetches_the_original_again(at_hub, small_model):

@@ -66,10 +66,13 @@ def reference(folder: Path) -> Any:
 
 
 def planned(
-    files: ModelFiles, *, strategy: str = "none", context: int | None = 256, settings: MemorySettings = SETTINGS
-) -> tuple[ModelSpec, Plan]:
+    files: ModelFiles, *, strategy: str | None = "none", context: int | None = 256,
+    settings: MemorySettings = SETTINGS,
+) -> tuple[ModelSpec, Plan]:  # fmt: skip
+    """Return spec and plan of a load; a strategy of None is one that nobody asked for."""
     spec = inspect(files)
-    wish = LoadConfig(base_model=files.name, quantization=strategy, context=context)
+    said = {} if strategy is None else {"quantization": strategy}
+    wish = LoadConfig(base_model=files.name, context=context, **said)
     return spec, plan(wish, spec, CPU, settings, runtime_bytes=0, resident_bytes=0)
 
 

@@ -69,14 +69,6 @@ def architecture_of(config: Mapping[str, Any], file: Path) -> Architecture:
             f"{said}; known are {', '.join(known_architectures())}", file=file,
             hint="Choose a model of one of these, or make yours known with `register_architecture`.",
         )  # fmt: skip
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise CheckpointError(
-            f"its weights are already quantised ({method or 'method not named'}), which is not read yet",
-            file=file,
-            hint="Use the original checkpoint and choose `quantization`; it is quantised while it loads.",
-        )  # fmt: skip
     return architecture
 
 

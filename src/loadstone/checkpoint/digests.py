@@ -6,13 +6,14 @@ A tensor's digest is that of its pieces' digests, so that pieces can be read and
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loadstone._blake3 import digest, digest_of_all
 from loadstone.telemetry import Progress
 
-from .weights import Piece, Weights
+from .pieces import Piece
+from .weights import Weights
 from .workers import in_threads
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ class TensorDigests:
         self._rows: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, piece: Piece, raw: torch.Tensor) -> bool:
+    def add(self, piece: Piece, raw: Sequence[torch.Tensor]) -> bool:
         """Take the bytes of a piece, as `Weights.read` returns them; tell whether its tensor is whole with them."""
-        found, name = digest(raw.numpy()), piece.tensor.name
+        each, name = [digest(one.numpy()) for one in raw], piece.tensor.name
+        found = each[0] if len(each) == 1 else digest_of_all(each)
         with self._lock:
             self._pieces.setdefault(name, {})[piece.first] = found
             self._rows[name] = self._rows.get(name, 0) + piece.count

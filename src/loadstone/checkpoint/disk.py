@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -43,6 +44,14 @@ class Buffer:
         else:
             self.tensor = torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8)
         self.view: memoryview = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
+
+    def behind(self, start: int) -> Buffer:
+        """Return what lies behind the first `start` bytes, whole pages, as a buffer over the same memory."""
+        if not start:
+            return self
+        found = copy(self)
+        found.tensor, found.view = self.tensor[start:], self.view[start:]
+        return found
 
     def stretch(self, start: int, nbytes: int) -> torch.Tensor:
         """Return `nbytes` bytes from `start` on."""

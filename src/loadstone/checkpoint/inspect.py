@@ -17,9 +17,11 @@ from loadstone.telemetry import emit
 
 from . import config_json, gguf, gguf_model, safetensors
 from .architectures import Architecture
+from .coding import Quantized
 from .layout import Sizes, expected_tensors, select_tensors
 from .listing import LISTING, read_listing
 from .opening import Readable
+from .quantized import join_weights, method_of
 from .spec import ModelSpec, TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -62,10 +64,16 @@ def _inspect_safetensors(files: Files, remote: Mapping[Path, Readable]) -> Model
     config = config_json.read_json(config_file)
     architecture = config_json.architecture_of(config, config_file)
     sizes = config_json.sizes_of(config, architecture, config_file)
+    method = method_of(config, config_file)
     found = _gather(files, remote) if files.weights else read_listing(files.folder)
-    tensors = select_tensors(found, expected_tensors(architecture, sizes), _SAFETENSORS_TYPES, files.folder)
+    expected = expected_tensors(architecture, sizes)
+    if method is not None:
+        found = join_weights(method, found, expected)
+    tensors = select_tensors(found, expected, _SAFETENSORS_TYPES, files.folder)
     generation = config_json.read_generation(files.folder)
-    return _spec(files, architecture, sizes, tensors, config, generation, config_file)
+    is_quantized = any(tensor.coding is not None for tensor in tensors.values())
+    quantized = method.about if method is not None and is_quantized else None
+    return _spec(files, architecture, sizes, tensors, config, generation, config_file, quantized)
 
 
 def _inspect_gguf(files: Files, remote: Mapping[Path, Readable]) -> ModelSpec:
@@ -94,6 +102,7 @@ def _spec(
     config: Mapping[str, Any],
     generation: Mapping[str, Any],
     config_file: Path,
+    quantized: Quantized | None = None,
 ) -> ModelSpec:
     starts = config_json.token_ids(config.get("bos_token_id"), "bos_token_id", config_file)
     ends = config_json.token_ids(config.get("eos_token_id"), "eos_token_id", config_file)
@@ -114,6 +123,7 @@ def _spec(
         generation=generation,
         bos_token_id=starts[0] if starts else None,
         eos_token_ids=tuple(dict.fromkeys((*recommended, *ends))),
+        quantized=quantized,
         **vars(sizes),
     )
 

@@ -107,7 +107,7 @@ def select_tensors(
                 file=tensor.file,
                 hint="The settings and the weights are of different models, or damaged: fetch both again.",
             )
-        if tensor.dtype not in types:
+        if tensor.coding is None and tensor.dtype not in types:
             raise CheckpointError(
                 f"tensor {tensor.stored_name!r} is of type {tensor.dtype}; read are {', '.join(types)}",
                 file=tensor.file,

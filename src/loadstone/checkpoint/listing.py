@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from loadstone.errors import CheckpointError
 
+from .coding import Coding
 from .config_json import read_json
 from .spec import ModelSpec, TensorInfo
 
@@ -21,9 +24,12 @@ LISTING = "tensors.json"
 def write_listing(spec: ModelSpec, digests: Mapping[str, str], folder: Path) -> None:
     """Write into `folder` what the headers say of each tensor of `spec`, and its digest."""
     tensors = {
-        name: {"shape": tensor.shape, "dtype": tensor.dtype, "nbytes": tensor.nbytes, "digest": digests[name]}
+        name: {
+            "shape": tensor.shape, "dtype": tensor.dtype, "nbytes": tensor.nbytes, "digest": digests[name],
+            **({} if tensor.coding is None else {"coding": asdict(tensor.coding)}),
+        }
         for name, tensor in spec.tensors.items()
-    }
+    }  # fmt: skip
     (folder / LISTING).write_text(json.dumps({"tensors": tensors}), encoding="utf-8")
 
 
@@ -34,7 +40,7 @@ def read_listing(folder: Path) -> dict[str, TensorInfo]:
         return {
             str(name): TensorInfo(
                 str(name), tuple(int(one) for one in entry["shape"]), str(entry["dtype"]), file, 0,
-                int(entry["nbytes"]), str(name), str(entry["digest"]),
+                int(entry["nbytes"]), str(name), str(entry["digest"]), _coding(entry.get("coding")),
             )
             for name, entry in read_json(file)["tensors"].items()
         }  # fmt: skip
@@ -42,3 +48,10 @@ def read_listing(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"it is not a list of tensors: {error}", file=file, hint="Pull the model again."
         ) from error
+
+
+def _coding(said: dict[str, Any] | None) -> Coding | None:
+    if said is None:
+        return None
+    rows, columns = said["block"]
+    return Coding(**{**said, "block": (int(rows), int(columns))})

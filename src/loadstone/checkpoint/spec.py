@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .architectures import Architecture
+from .coding import Coding, Quantized
+
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class TensorInfo:
     `shape` is rows × columns as torch has it. `dtype` is the type on disk: "BF16", "F16", "F32" or a GGUF
     type such as "Q4_K". `offset` and `nbytes` place it in `file`, in bytes from the file's start.
     `stored_name` is its name in the file. `digest` says what its bytes are, where only that is kept of them.
+
+    Of a weight that is quantised already, `coding` says how; `shape` is that of its numbers, `parts` are the tensors
+    in the files that it is made from, `nbytes` is what they take together, and `dtype` a name for such weights.
     """
 
     name: str
@@ -31,6 +38,13 @@ class TensorInfo:
     nbytes: int
     stored_name: str
     digest: str | None = None
+    coding: Coding | None = None
+    parts: tuple[TensorInfo, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that its bytes are in: one, but for the parts of a quantised weight."""
+        return tuple(dict.fromkeys(part.file for part in self.parts)) or (self.file,)
 
     @property
     def elements(self) -> int:
@@ -50,7 +64,8 @@ class ModelSpec:
     state llama3's scaling as `rope_type` "factors" with `factors`, the head_size / 2 numbers that divide the
     frequencies. `sliding_window` is the width in tokens, or None; `windowed_layers` says which layers use it.
     `max_context` is in tokens, after scaling. `tensors` are those that the model uses: a tied lm_head is left
-    out. `eos_token_ids` are all the tokens that end an answer.
+    out. `quantized` is what config.json says of weights that are quantised already. `eos_token_ids` are all the tokens
+    that end an answer.
     """
 
     name: str
@@ -81,6 +96,7 @@ class ModelSpec:
     generation: Mapping[str, Any] = field(default_factory=dict)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantized: Quantized | None = None
 
     @property
     def parameters(self) -> int:
@@ -95,6 +111,15 @@ class ModelSpec:
             parts[self.part_of(name)] += tensor.elements
         return parts
 
+    @cached_property
+    def codings(self) -> Mapping[Coding, int]:
+        """How many numbers of the layers' matrices are quantised already, by how."""
+        found: dict[Coding, int] = {}
+        for name, tensor in self.tensors.items():
+            if tensor.coding is not None and self.part_of(name) == "linear":
+                found[tensor.coding] = found.get(tensor.coding, 0) + tensor.elements
+        return found
+
     @property
     def kv_elements_per_token(self) -> int:
         """How many numbers the KV cache keeps for each token."""
@@ -107,3 +132,10 @@ class ModelSpec:
         if name.startswith("lm_head."):
             return "lm_head"
         return "linear" if len(self.tensors[name].shape) == 2 else "norm"
+
+    def multiplied_with(self, name: str) -> tuple[str, ...]:
+        """Return the names of the matrices that the same x is multiplied with, `name` among them: q, k and v; gate and
+        up; any other alone."""
+        *before, module, kind = name.split(".")
+        together = next((one for one in _TOGETHER if module in one), (module,))
+        return tuple(".".join([*before, one, kind]) for one in together)

@@ -6,39 +6,28 @@ each with its own. torch and numpy are imported on first use, so that looking at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from loadstone.errors import CheckpointError, ModelLoadError
 
-from .disk import Buffer, FileReader
+from .disk import PAGE, Buffer, FileReader
 from .gguf import BLOCKS
+from .pieces import Piece, plain_pieces
+from .quantized import layout_of, pieces_of
 from .spec import ModelSpec, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
+    from .quantized.coded import Coded
+
 # Numbers in a piece. What is unpacked is several times as large in memory as in its file, so it comes in smaller ones.
 PIECE_NUMBERS = 8 << 20
 PIECE_NUMBERS_PACKED = 1 << 20
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows [first, first + count) of a tensor, which are `nbytes` bytes of its file from `offset` on.
-
-    Of a tensor of one dimension a row is one number. A tensor's pieces are the same on every machine.
-    """
-
-    tensor: TensorInfo
-    first: int
-    count: int
-    offset: int
-    nbytes: int
 
 
 def open_weights(spec: ModelSpec) -> Weights:
@@ -61,7 +50,7 @@ class Weights:
         self._spec = spec
         self._files: dict[Path, FileReader] = {}
         ends: dict[Path, int] = {}
-        for tensor in spec.tensors.values():
+        for tensor in _stored(spec):
             ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.offset + tensor.nbytes)
         with ExitStack() as opened:
             for file, end in ends.items():
@@ -76,45 +65,59 @@ class Weights:
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Return the pieces of the tensor called `name`, in order."""
         tensor = self._spec.tensors[name]
+        if tensor.coding is not None:
+            return tuple(pieces_of(tensor))
         rows = tensor.shape[0]
-        row_bytes, row_numbers = tensor.nbytes // rows, tensor.elements // rows
         limit = PIECE_NUMBERS_PACKED if _is_packed(tensor) else PIECE_NUMBERS
-        step = rows if self._is_reordered(tensor) else max(1, limit // row_numbers)
-        return tuple(
-            Piece(tensor, first, min(step, rows - first), tensor.offset + first * row_bytes,
-                  min(step, rows - first) * row_bytes)
-            for first in range(0, rows, step)
-        )  # fmt: skip
+        step = rows if self._is_reordered(tensor) else max(1, limit // (tensor.elements // rows))
+        return tuple(plain_pieces(tensor, step))
 
     @property
     def piece_bytes(self) -> int:
-        """How many bytes the largest piece has in its file."""
-        return max(piece.nbytes for name in self.names() for piece in self.pieces(name))
+        """How large a buffer the largest piece wants."""
+        return max(room_of(piece) for name in self.names() for piece in self.pieces(name))
 
-    def read(self, piece: Piece, buffer: Buffer) -> torch.Tensor:
-        """Return the bytes of `piece` as its file has them, in `buffer`.
+    def read(self, piece: Piece, buffer: Buffer) -> tuple[torch.Tensor, ...]:
+        """Return the bytes of each stretch of `piece` as its file has them, in `buffer`.
 
-        Raises CheckpointError when the file is shorter than it was, and ModelLoadError after `close`.
+        Raises CheckpointError when a file is shorter than it was, and ModelLoadError after `close`.
         """
         if not self._files:
             raise ModelLoadError(f"the weights of {self._spec.name} are closed; open them again")
-        return self._files[piece.tensor.file].read(piece.offset, piece.nbytes, buffer)
+        found, start = [], 0
+        for one in piece.stretches:
+            found.append(self._files[one.file].read(one.offset, one.nbytes, buffer.behind(start)))
+            start += _paged(one.nbytes)
+        return tuple(found)
 
-    def numbers(self, piece: Piece, raw: torch.Tensor) -> torch.Tensor:
+    def coded(self, piece: Piece, raw: Sequence[torch.Tensor]) -> Iterator[tuple[int, Coded]]:
+        """Yield the codes of a piece of a matrix that is quantised already, a few rows at a time, each time with the
+        first row's number in the piece. They are good as long as `raw`, the bytes of the piece.
+
+        Raises CheckpointError for bytes that cannot be meant.
+        """
+        return layout_of(piece.tensor).strips(piece, raw)
+
+    def numbers(self, piece: Piece, raw: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the numbers that the bytes of `piece` mean, rows × columns or a list of numbers.
 
-        BF16, F16 and F32 are views of `raw`, good as long as that; GGUF's packed types come as float32, and what its
-        converter reordered comes in the Hub's order: both are new memory.
+        BF16, F16 and F32 are views of `raw`, good as long as that; GGUF's packed types and what is quantised already
+        come as float32, and what GGUF's converter reordered comes in the Hub's order: all of these are new memory.
         """
+        import torch
+
         tensor = piece.tensor
+        if tensor.coding is not None:
+            return torch.cat([rows.numbers() for _, rows in self.coded(piece, raw)])
+        (found,) = raw
         shape = (piece.count, *tensor.shape[1:])
         order = self._stored_rows(tensor) if self._is_reordered(tensor) else None
         if _is_packed(tensor):
-            return _unpack(tensor, raw, order).view(shape)
+            return _unpack(tensor, found, order).view(shape)
         dtype = float_types()[tensor.dtype]
-        if raw.storage_offset() % dtype.itemsize:
-            raw = raw.clone()  # legal in the format, but vector instructions may not take it
-        found = raw.view(dtype).view(shape)
+        if found.storage_offset() % dtype.itemsize:
+            found = found.clone()  # legal in the format, but vector instructions may not take it
+        found = found.view(dtype).view(shape)
         return found if order is None else found[order]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -122,7 +125,7 @@ class Weights:
         import torch
 
         pieces = self.pieces(name)
-        buffer = Buffer(max(piece.nbytes for piece in pieces))
+        buffer = Buffer(max(map(room_of, pieces)))
         return torch.cat([self.numbers(piece, self.read(piece, buffer)).clone() for piece in pieces])
 
     def close(self) -> None:
@@ -154,6 +157,22 @@ class Weights:
 
         places = torch.arange(tensor.shape[0]).view(-1, self._spec.head_size // 2, 2)
         return places.transpose(1, 2).reshape(-1)
+
+
+def room_of(piece: Piece) -> int:
+    """Return how large a buffer a piece wants: each of its stretches begins on a page of its own."""
+    *others, last = piece.stretches
+    return sum(_paged(one.nbytes) for one in others) + last.nbytes
+
+
+def _paged(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE + PAGE
+
+
+def _stored(spec: ModelSpec) -> Iterator[TensorInfo]:
+    """Yield the tensors as they are in files."""
+    for tensor in spec.tensors.values():
+        yield from tensor.parts or (tensor,)
 
 
 def _check_size(file: Path, end: int) -> None:

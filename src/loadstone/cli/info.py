@@ -15,7 +15,7 @@ from .entries import SHORT
 from .interrupts import HeldInterrupts
 from .options import configuration, generation_options, load_options, verbose_option
 from .output import heading, rows, write_json
-from .planned import listed, plan_facts, plan_rows, refusal_facts
+from .planned import listed, plan_facts, plan_rows, quantized_facts, refusal_facts
 from .progress import shown_progress
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def _look(wish: ConfigManager) -> dict[str, Any]:
         "architecture": _architecture(spec),
         "parameters": {"total": spec.parameters, **spec.parameters_by_part},
         "types": _types(spec),
+        "quantized": quantized_facts(spec),
         "max_context": spec.max_context,
         "template": template.origin if template is not None else None,
         "sampling": _sampling(wish, spec),
@@ -147,6 +148,7 @@ def _show(about: Mapping[str, Any]) -> None:
     rows(out, [
         ("origin", f"{about['origin']}{revision}"),
         ("files", f"{about['format']}, {format_size(about['file_bytes'])} ({types}) in {about['folder']}"),
+        *([("quantised", f"already: {about['quantized']['summary']}")] if about["quantized"] else []),
         ("architecture", f"{shape['name']}: {sizes}"),
         ("parameters", f"{count(total[1])}: {parts}"),
         ("context", f"{about['max_context']} tokens at most"),

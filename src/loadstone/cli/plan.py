@@ -16,7 +16,7 @@ from .entries import SHORT
 from .interrupts import HeldInterrupts
 from .options import configuration, load_options, verbose_option
 from .output import Row, heading, rows, table, write_json
-from .planned import plan_facts, plan_rows, refusal_facts
+from .planned import plan_facts, plan_rows, quantized_facts, refusal_facts
 from .progress import shown_progress
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _as_json(found: Forecast) -> dict[str, Any]:
         "origin": spec.origin,
         "revision": spec.revision,
         "format": spec.format,
+        "quantized": quantized_facts(spec),
         "parameters": {"total": spec.parameters, **spec.parameters_by_part},
         "max_context": spec.max_context,
         "file_bytes": found.file_bytes,
@@ -187,6 +188,8 @@ def _model_rows(found: Forecast) -> list[Row]:
     revision = f", revision {spec.revision[:SHORT]}" if spec.revision else ""
     fetched = f"; {format_size(found.missing_bytes)} would have to be fetched" if found.missing_bytes else ""
     told = [("model", f"{spec.origin}{revision}; {spec.format}, {format_size(found.file_bytes)}{fetched}")]
+    if spec.quantized is not None:
+        told.append(("quantised", f"already: {spec.quantized.summary}"))
     if found.refusal is not None:
         told += [("because", found.refusal.message), ("instead", found.refusal.hint or "")]
     elif found.would_fit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ResourceError
@@ -11,6 +12,7 @@ from loadstone.units import format_size
 from .output import Row
 
 if TYPE_CHECKING:
+    from loadstone.checkpoint import ModelSpec
     from loadstone.planner import Plan
 
 
@@ -34,6 +36,12 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         },
         "reasons": list(plan.reasons),
     }
+
+
+def quantized_facts(spec: ModelSpec) -> dict[str, Any] | None:
+    """Return how a checkpoint's weights are quantised already, None where they are not."""
+    found = spec.quantized
+    return None if found is None else {**asdict(found), "summary": found.summary}
 
 
 def refusal_facts(error: ResourceError) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class Wish(BaseModel):
         # Raised here and not above, so that pydantic's own error, which says less, is not shown before it.
         raise problem
 
+    def says(self, key: str) -> bool:
+        """Tell whether somebody gave this setting a value, rather than leaving its default."""
+        return key in self.model_fields_set
+
 
 def nearest(key: str, known: list[str]) -> str | None:
     """Return the name in `known` that `key` was probably meant to be, if one is near."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TypeVar
 
 import torch
@@ -205,11 +205,17 @@ def kind_of(plan: Plan, spec: ModelSpec) -> Kind:
     return Kind({
         "parts": [[part.name, part.kind, *part.tensors] for part in parts_of(spec)],
         "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in spec.tensors.items()},
+        **({} if spec.quantized is None else {"codings": _codings(spec)}),
         "order": list(order),
         "strategy": plan.strategy,
         "layout": find_strategy(plan.strategy).layout(plan.device.kind),
         "dtype": plan.settings.compute_dtype,
     })  # fmt: skip
+
+
+def _codings(spec: ModelSpec) -> dict[str, list[object]]:
+    """Return how each quantised weight is coded: the same bytes may mean other numbers."""
+    return {name: [*astuple(tensor.coding)] for name, tensor in spec.tensors.items() if tensor.coding is not None}
 
 
 def _taken_apart(part: Part, made: Kept) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

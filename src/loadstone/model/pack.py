@@ -16,11 +16,13 @@ import torch
 from loadstone.checkpoint import Weights
 from loadstone.checkpoint.digests import TensorDigests
 from loadstone.checkpoint.disk import Buffer
+from loadstone.checkpoint.pieces import Piece
 from loadstone.checkpoint.spec import ModelSpec
-from loadstone.checkpoint.weights import Piece, float_types
+from loadstone.checkpoint.weights import float_types
 from loadstone.checkpoint.workers import in_threads, own_stream
 from loadstone.memory import exact_allocation
 from loadstone.planner import Plan
+from loadstone.planner.own import kind_of, own_strategy
 from loadstone.quantization import find_strategy
 from loadstone.quantization.base import Packing
 from loadstone.quantization.kernels.openmp import compute_alone
@@ -75,6 +77,9 @@ class _Packer:
         self.device = torch.device(plan.device.torch_name)
         self.dtype: torch.dtype = getattr(torch, plan.settings.compute_dtype)
         self.digests = TensorDigests()
+        if spec.quantized is not None and plan.strategy != own_strategy(spec):
+            reason = f"the weights are quantised already ({spec.quantized.summary}); {plan.strategy} adds its own error"
+            emit("load.warning", reason=reason, instead="leave quantization out: they are then kept as they are")
         total = sum(tensor.nbytes for tensor in spec.tensors.values())
         self.progress = Progress("load.progress", total, len(spec.tensors), phase="quantise")
         self._lock = threading.Lock()
@@ -104,15 +109,19 @@ class _Packer:
             return VectorPacking(rows, self.device, self.dtype)
         source = reduce(torch.promote_types, [self._type(tensor.dtype) for tensor in tensors])
         return self.strategy.packing(
-            part.kind, rows, tensors[0].shape[1], source=source, device=self.device, dtype=self.dtype
-        )
+            kind_of(self.spec, self.strategy, part.tensors[0]), rows, tensors[0].shape[1],
+            source=source, device=self.device, dtype=self.dtype,
+        )  # fmt: skip
 
     def _work(self, task: tuple[_Making, int, Piece], buffer: Buffer) -> None:
         making, row, piece = task
         raw = self.weights.read(piece, buffer)
         is_last_of_tensor = self.digests.add(piece, raw)
-        numbers = self.weights.numbers(piece, raw)
-        making.packing.add(row, numbers.to(self._type(piece.tensor.dtype)))
+        if piece.tensor.coding is None or isinstance(making.packing, VectorPacking):
+            making.packing.add(row, self.weights.numbers(piece, raw).to(self._type(piece.tensor.dtype)))
+        else:
+            for first, rows in self.weights.coded(piece, raw):
+                making.packing.add_coded(row + first, rows)
         with self._lock:
             making.left -= 1
             is_whole = making.left == 0

@@ -20,6 +20,7 @@ from loadstone.units import format_size
 
 from .estimate import Estimate, Estimator
 from .ladder import CONTEXT_UNLESS_ASKED, LADDER, SHORTEST_CONTEXT, SMALLEST_CHUNK, Below, Way, smaller
+from .own import NEAREST, own_strategy
 from .plan import Plan
 from .refusal import refusal
 
@@ -38,6 +39,7 @@ def plan(
     resident_bytes: int | None = None,
     is_kept: Callable[[str], bool] = lambda strategy: False,
     below: Below | None = None,
+    strategy: str | None = None,
 ) -> Plan:
     """Return how `wish` is met for `spec` on `device`, or raise ResourceError saying what would fit.
 
@@ -45,12 +47,13 @@ def plan(
     before the load and an allowance. `resident_bytes` is what it holds there already (measured when None on
     the processor), which counts as used in `device.free_bytes` and is this process's own. `is_kept` tells whether the
     store has the weights in a strategy already, so that loading needs no memory beside them. `below` names a plan that
-    memory did not suffice for: what is returned then takes less. Raises ConfigurationError for a context that the
+    memory did not suffice for: what is returned then takes less. `strategy` is to be planned for whatever the wish says
+    of quantization. Raises ConfigurationError for a context that the
     model does not have.
     """
     if resident_bytes is None:
         resident_bytes = process_rss() if device.kind == "cpu" else 0
-    deciding = Deciding(wish, spec, device, settings, runtime_bytes, resident_bytes, is_kept)
+    deciding = Deciding(wish, spec, device, settings, runtime_bytes, resident_bytes, is_kept, strategy)
     return deciding.decide() if below is None else deciding.step_down(below)
 
 
@@ -66,6 +69,7 @@ class Deciding:
         runtime_bytes: int,
         resident_bytes: int,
         is_kept: Callable[[str], bool],
+        strategy: str | None = None,
     ) -> None:
         self.wish, self.spec, self.device, self.settings = wish, spec, device, settings
         self.allowed, self.allowed_reason = _allowed(wish, device, resident_bytes)
@@ -73,14 +77,39 @@ class Deciding:
         self._is_kept = cache(is_kept)
         self.longest, self.shortest = _contexts(wish, spec)
         self._estimators: dict[Way, Estimator] = {}
+        self.own = own_strategy(spec)
+        self.asked, self._asked_reason = self._asked(strategy)
+        self.ladder = LADDER if self.own is None else (self.own, *LADDER[LADDER.index(self.own) + 1 :])
+
+    def _asked(self, strategy: str | None) -> tuple[str | None, str]:
+        """Return the strategy that was asked for, None where it is to be chosen, and what is said of that.
+
+        Weights that are quantised already stay in their own form unless somebody asked for another. "4bit" is met by
+        every form of 4 bits; who means NF4 says `nf4`.
+        """
+        wish = self.wish
+        if strategy is not None:
+            return strategy, "as asked"
+        if wish.quantization == AUTO:
+            return None, ""
+        asked, quantized = find_strategy(wish.quantization).name, self.spec.quantized
+        if quantized is None or self.own is None:
+            return asked, "as asked"
+        if not wish.says("quantization"):
+            return None, ""
+        if asked == self.own or (wish.quantization == "4bit" and quantized.bits == 4 and self.own != NEAREST):
+            return self.own, f"as asked, the form of the checkpoint ({quantized.summary})"
+        return asked, f"as asked; the checkpoint has {quantized.summary}, and another form is no better than that"
 
     def decide(self) -> Plan:
         """Return the plan, forced where that was asked for, or raise ResourceError."""
-        asked = None if self.wish.quantization == AUTO else find_strategy(self.wish.quantization).name
-        choice = self._fitting(asked, f"quantization {asked}: as asked") if asked else self._best_quality()
+        if self.asked is not None:
+            choice = self._fitting(self.asked, f"quantization {self.asked}: {self._asked_reason}")
+        else:
+            choice = self._best_quality() if self.own is None else self._own_form(self.own)
         if choice is not None:
             return choice
-        wanted = asked or LADDER[-1]
+        wanted = self.asked or self.ladder[-1]
         way = self.least(wanted)
         estimate = self.estimator(way).at(self.shortest)
         if self.wish.force and estimate.weights <= self.device.total_bytes:
@@ -102,8 +131,8 @@ class Deciding:
             estimate = self.estimator(way).at(context)
             if estimate.needed_bytes <= self.allowed:
                 return self._made(way, context, estimate, self._reasons_down(way, context))
-        if self.wish.quantization == AUTO and plan.strategy in LADDER:
-            for name in LADDER[LADDER.index(plan.strategy) + 1 :]:
+        if self.asked is None and plan.strategy in self.ladder:
+            for name in self.ladder[self.ladder.index(plan.strategy) + 1 :]:
                 choice = self._fitting(name, f"quantization {name}: memory did not suffice for {plan.strategy}")
                 if choice is not None:
                     return choice
@@ -123,6 +152,16 @@ class Deciding:
             f"context {context}, {way.streams} stream(s), {way.chunk} prompt tokens at a time: a step down, since "
             "memory turned out shorter than planned",
         )
+
+    def _own_form(self, own: str) -> Plan | None:
+        """Return the form that a checkpoint has already, and only where it does not fit one that takes less."""
+        assert self.spec.quantized is not None
+        reason = f"the form of the checkpoint ({self.spec.quantized.summary}), or nearest to it"
+        for name in self.ladder:
+            if (choice := self._fitting(name, f"quantization {name}: {reason}")) is not None:
+                return choice
+            reason = f"{own}, the form of the checkpoint, does not fit"
+        return None
 
     def _best_quality(self) -> Plan | None:
         """Return the best quality that fits with the whole context, else the smallest with less of it."""
@@ -169,7 +208,7 @@ class Deciding:
             f"forced: needs {format_size(estimate.needed_bytes)} and {format_size(self.allowed)} is allowed; "
             "it may run out of memory"
         )
-        strategy = f"quantization {way.strategy}: {'the smallest' if self.wish.quantization == AUTO else 'as asked'}"
+        strategy = f"quantization {way.strategy}: {'the smallest' if self.asked is None else 'as asked'}"
         asked = "as asked" if isinstance(self.wish.context, int) else "the shortest, since nothing fits"
         reasons = (reason, strategy, f"context {self.shortest}: {asked}")
         return self._made(way, self.shortest, estimate, reasons, forced=True)

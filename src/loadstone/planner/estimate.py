@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loadstone.checkpoint.weights import PIECE_NUMBERS, PIECE_NUMBERS_PACKED
+from loadstone.checkpoint.quantized import pieces_of
+from loadstone.checkpoint.quantized.base import STRIP_NUMBERS
+from loadstone.checkpoint.weights import PIECE_NUMBERS, PIECE_NUMBERS_PACKED, room_of
 from loadstone.checkpoint.workers import thread_count
 from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
 from loadstone.quantization.kernels.words import KV_BLOCK
+
+from .own import kind_of
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec, TensorInfo
@@ -87,8 +91,8 @@ def estimate_weights(spec: ModelSpec, strategy: Strategy, settings: MemorySettin
         if len(tensor.shape) == 2 and part != "norm":
             rows, columns = tensor.shape
             number = _bytes_unquantised(spec, tensor) if device_kind == "cpu" else compute
-            kept_as = "lm_head" if part == "embedding" and spec.tied_embeddings else part  # because it is multiplied
-            parts[part] += strategy.weight_bytes(kept_as, rows, columns, dtype_bytes=number)
+            kind = kind_of(spec, strategy, name)
+            parts[part] += strategy.weight_bytes(kind, rows, columns, dtype_bytes=number)
         else:
             parts["norm"] += tensor.elements * compute
     return parts
@@ -190,6 +194,10 @@ def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings,
 
 def _piece_bytes(tensor: TensorInfo) -> int:
     """Return what a piece of a tensor takes while it is read and packed."""
+    if tensor.coding is not None:
+        # Of a listing in place of files there are no pieces, nor is anything read then.
+        read = max((room_of(piece) for piece in pieces_of(tensor)), default=0) if tensor.parts else 0
+        return read + STRIP_NUMBERS * _UNPACKING
     if tensor.dtype in _PLAIN_FLOATS:
         return min(tensor.elements, PIECE_NUMBERS) * _PLAIN_FLOATS[tensor.dtype]
     return min(tensor.elements, PIECE_NUMBERS_PACKED) * _UNPACKING
@@ -210,9 +218,9 @@ def _bytes_as_read(tensor: TensorInfo) -> int:
 
 
 def _bytes_unquantised(spec: ModelSpec, tensor: TensorInfo) -> int:
-    """Return the size of one number kept unquantised: as read, but GGUF's wider ones narrowed to 16 bits."""
+    """Return the size of one number kept unquantised: as read, but what was unpacked narrowed to 16 bits."""
     size = _bytes_as_read(tensor)
-    return min(size, 2) if spec.format == "gguf" else size
+    return min(size, 2) if spec.format == "gguf" or tensor.coding is not None else size
 
 
 def dtype_bytes(name: str) -> int:

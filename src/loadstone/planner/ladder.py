@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .plan import Plan
+if TYPE_CHECKING:
+    from .plan import Plan
 
 # Best quality first; a plug-in is used only when asked for by name.
 LADDER = ("none", "8bit", "4bit")

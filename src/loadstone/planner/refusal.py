@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from loadstone.errors import ResourceError
 from loadstone.units import format_size
 
-from .ladder import LADDER, SHORTEST_CONTEXT, Way
+from .ladder import SHORTEST_CONTEXT, Way
 
 if TYPE_CHECKING:
     from .deciding import Deciding
@@ -40,8 +40,9 @@ def refusal(deciding: Deciding, way: Way) -> ResourceError:
 
 def _would_fit(deciding: Deciding, refused: str) -> tuple[str, ...]:
     """Return what fits instead: the refused strategy and each smaller one, with its longest context."""
-    start = LADDER.index(refused) if refused in LADDER else 0
-    names = dict.fromkeys((refused, *LADDER[start:]))
+    ladder = deciding.ladder
+    start = ladder.index(refused) if refused in ladder else 0
+    names = dict.fromkeys((refused, *ladder[start:]))
     found = []
     for name in names:
         if (fitting := deciding.find(name, min(SHORTEST_CONTEXT, deciding.longest))) is not None:
@@ -55,7 +56,7 @@ def _hint(deciding: Deciding, name: str, estimate: Estimate, fits: tuple[str, ..
     if fits:
         return f"Would fit: {'; '.join(fits)}. Set quantization and context so, or force to try anyway."
     device = deciding.device
-    least = min(_at_least(deciding, step) for step in dict.fromkeys((name, *LADDER)))
+    least = min(_at_least(deciding, step) for step in dict.fromkeys((name, *deciding.ladder)))
     if deciding.wish.max_memory is not None and deciding.allowed == deciding.wish.max_memory:
         return f"Nothing smaller fits either. Raise max_memory to at least {_with_room(least)}."
     if estimate.weights > device.total_bytes:

@@ -155,7 +155,7 @@ def _packing(plan: Plan, spec: ModelSpec, kernels: Kernels | None) -> float | No
     rate = kernels.core_packs.get(plan.strategy) if kernels else None
     if rate is None:
         return None
-    form = PACKED_FORM if spec.format == "gguf" else 1.0
+    form = PACKED_FORM if spec.format == "gguf" or spec.quantized is not None else 1.0
     return spec.parameters / (rate * form * plan.device.cores)
 
 

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from loadstone.checkpoint.coding import Coding
+    from loadstone.checkpoint.quantized.coded import Coded
+
     from .linear import Linear
 
 Facts = Mapping[str, float]
@@ -27,6 +30,13 @@ class Packing(ABC):
 
         Rows come once each, in any order, from several threads; `rows` is good only until this returns.
         """
+
+    def add_coded(self, first: int, rows: Coded) -> None:
+        """Take a few rows from `first` on of a checkpoint that is quantised already; they are good until this returns.
+
+        A form that keeps such codes takes them as they are, every other the numbers that they mean.
+        """
+        self.add(first, rows.numbers())
 
     @abstractmethod
     def finish(self) -> Linear:
@@ -62,6 +72,10 @@ class Strategy(ABC):
     ) -> Packing:
         """Return what makes the product from rows that arrive piece by piece; `source` is their type."""
         return _Collecting(self, part, rows, columns, source, device, dtype)
+
+    def keeps(self, coding: Coding) -> bool:
+        """Tell whether a matrix of the layers that a checkpoint has in such codes is kept in these very codes."""
+        return False
 
     @property
     def needs_whole_weights(self) -> bool:

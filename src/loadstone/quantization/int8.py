@@ -16,6 +16,9 @@ from .turning import wide_kernels
 if TYPE_CHECKING:
     import torch
 
+    from loadstone.checkpoint.coding import Coding
+    from loadstone.checkpoint.quantized.coded import Coded
+
     from .kernels.cpu import CpuKernels
     from .linear import Linear
 
@@ -36,6 +39,9 @@ class Int8(Packed):
         self, part: str, rows: int, columns: int, *, source: torch.dtype, device: torch.device, dtype: torch.dtype
     ) -> Packing:
         return int8_packing(part, rows, columns, device, dtype)
+
+    def keeps(self, coding: Coding) -> bool:
+        return coding.kind == "int8"
 
     def layout(self, device_kind: str) -> str:
         return int8_layout(device_kind)
@@ -77,6 +83,15 @@ class Int8Packing(Packing):
         else:
             _round(rows, self.numbers[part], self.scales[part])
 
+    def add_coded(self, first: int, rows: Coded) -> None:
+        from loadstone.checkpoint.quantized.coded import Int8Rows
+
+        if not isinstance(rows, Int8Rows):
+            super().add_coded(first, rows)
+            return
+        part = slice(first, first + len(rows.values))
+        self.numbers[part], self.scales[part] = rows.values, rows.scales
+
     def finish(self) -> Linear:
         return restore_int8({"weight": self.numbers, "scales": self.scales}, self.dtype)
 
@@ -100,6 +115,15 @@ class _TurnedPacking(Packing):
             self.kernels.quantize_int8(part, numbers, self.scales[where])
 
         turn_in_strips(self.kernels, rows, self.turned, first, quantize)
+
+    def add_coded(self, first: int, rows: Coded) -> None:
+        from loadstone.checkpoint.quantized.coded import Int8Rows
+
+        if not isinstance(rows, Int8Rows):
+            super().add_coded(first, rows)
+            return
+        self.scales[first : first + len(rows.values)] = rows.scales
+        self.kernels.turn(rows.values.contiguous(), self.turned, first)
 
     def finish(self) -> Linear:
         return restore_int8({"turned": self.turned, "scales": self.scales}, self.dtype)

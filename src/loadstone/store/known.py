@@ -61,7 +61,7 @@ class Look:
     def at(cls, spec: ModelSpec) -> Look:
         """Look at the files of `spec` now."""
         now = time.time_ns()
-        files = sorted({tensor.file for tensor in spec.tensors.values()})
+        files = sorted({file for tensor in spec.tensors.values() for file in tensor.files})
         return cls(tuple(map(FileState.of, files)), now)
 
 
@@ -85,7 +85,8 @@ class KnownFiles:
         """Keep the digests that were taken after `look`, unless a file changed since or may do so unseen."""
         by_file: dict[str, dict[str, str]] = {state.path: {} for state in look.files}
         for name, tensor in spec.tensors.items():
-            by_file[os.path.realpath(tensor.file)][name] = digests[name]
+            for file in tensor.files:
+                by_file[os.path.realpath(file)][name] = digests[name]
         for state in look.files:
             if state.is_settled(look.at_ns) and FileState.of(Path(state.path)) == state:
                 self._write(state, by_file[state.path])

@@ -1,0 +1,258 @@
+"""Checkpoints that are quantised already, all the way into a decoder: kept as they are, or nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+from tests.quantized_checkpoints import FORMATS, Checkpoint, gptq, nf4, quantize_folder
+
+from loadstone.model import Decoder, build
+from loadstone.quantization.kernels import cpu
+from loadstone.quantization.linear import Int8Linear, Linear, Nf4Linear
+from loadstone.sources import resolve
+from loadstone.store import Store
+from loadstone.telemetry import Event
+
+CheckpointOf = Callable[[str], Checkpoint]
+SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+LEFT = "model.layers.{}.{}.weight"
+PARTS = {
+    "query_key_value": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",),
+}  # fmt: skip
+NF4 = [name for name in FORMATS if "NF4" in name and "32" not in name]
+INT8 = [
+    "bitsandbytes 8 bits", "compressed-tensors W8A16", "compressed-tensors int8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("plain"), "llama", torch.bfloat16, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> CheckpointOf:
+    made: dict[str, Checkpoint] = {}
+
+    def make(name: str) -> Checkpoint:
+        if name not in made:
+            made[name] = quantize_folder(plain, tmp_path_factory.mktemp("quantized") / "model", FORMATS[name]())
+        return made[name]
+
+    return make
+
+
+def products(decoder: Decoder) -> dict[str, tuple[Linear, tuple[str, ...]]]:
+    """Return the products of all layers, and the names of the matrices in each."""
+    return {
+        f"{index}.{part}": (getattr(layer, part).weight, tuple(LEFT.format(index, one) for one in names))
+        for index, layer in enumerate(decoder.layers)
+        for part, names in PARTS.items()
+    }
+
+
+def whole(linear: Linear) -> torch.Tensor:
+    return linear.dequantize(0, linear.rows, torch.float32)
+
+
+def stacked(made: Checkpoint, names: tuple[str, ...]) -> torch.Tensor:
+    return torch.cat([made.numbers[name] for name in names])
+
+
+def within_8_bits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Tell whether no number is further off than rounding a row to 8 bits takes it."""
+    step = wanted.abs().amax(1, keepdim=True) / 127
+    return bool(((found - wanted).abs() <= step * 0.501 + 1e-7).all())
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With our kernels as this machine has them, and as where there are none."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "_found", [None])
+
+
+# --- kept as they are
+
+
+@pytest.mark.parametrize("name", NF4)
+@pytest.mark.usefixtures("kernels")
+def test_nf4_is_kept_code_by_code(name: str, checkpoint_of: CheckpointOf) -> None:
+    """What is not the file's own is each absmax, which has 16 bits here and 32, or 8 and 32, there."""
+    made = checkpoint_of(name)
+    decoder, _, plan = tiny.load(made.folder, strategy=None)
+    assert plan.strategy == "4bit"
+    stored = load_file(made.folder / "model.safetensors")
+    for linear, names in products(decoder).values():
+        assert isinstance(linear, Nf4Linear)
+        assert torch.equal(linear.codes.flatten(), torch.cat([stored[one].flatten() for one in names]))
+        torch.testing.assert_close(whole(linear), stacked(made, names), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INT8)
+@pytest.mark.usefixtures("kernels")
+def test_rows_of_8_bits_are_kept_exactly(name: str, checkpoint_of: CheckpointOf) -> None:
+    made = checkpoint_of(name)
+    decoder, _, plan = tiny.load(made.folder, strategy=None)
+    assert plan.strategy == "8bit"
+    for linear, names in products(decoder).values():
+        assert isinstance(linear, Int8Linear)
+        torch.testing.assert_close(whole(linear), stacked(made, names), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_kept_nearly_as_it_is(name: str, checkpoint_of: CheckpointOf) -> None:
+    """Never further off than by rounding to 8 bits."""
+    made = checkpoint_of(name)
+    decoder, spec, plan = tiny.load(made.folder, strategy=None)
+    for linear, names in products(decoder).values():
+        assert within_8_bits(whole(linear), stacked(made, names))
+    assert decoder.weight_bytes() == dict(plan.weight_bytes)
+    assert spec.quantized is not None
+    assert any(spec.quantized.summary in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize("strategy", ["none", "8bit", "nf4"])
+@pytest.mark.parametrize("name", ["AWQ, groups of 64", "bitsandbytes NF4", "FP8, blocks of 128 × 128"])
+def test_who_asks_for_another_form_has_it_in_the_bytes_that_were_planned(
+    strategy: str, name: str, checkpoint_of: CheckpointOf
+) -> None:
+    decoder, _, plan = tiny.load(checkpoint_of(name).folder, strategy=strategy)
+    assert plan.strategy == {"nf4": "4bit"}.get(strategy, strategy)
+    assert decoder.weight_bytes() == dict(plan.weight_bytes)
+
+
+def test_nothing_is_lost_but_16_bits_where_all_is_made_whole(checkpoint_of: CheckpointOf) -> None:
+    made = checkpoint_of("GPTQ, act-order, not symmetric")
+    decoder = tiny.load(made.folder, strategy="none")[0]
+    for linear, names in products(decoder).values():
+        torch.testing.assert_close(whole(linear), stacked(made, names), rtol=1e-3, atol=1e-6)
+
+
+# --- what was left out
+
+
+@pytest.mark.parametrize(
+    ("left_out", "part"), [(("down_proj",), "0.down"), (("layers.1.self_attn.k_proj",), "1.query_key_value")]
+)
+def test_what_its_maker_left_as_it_was_is_kept_in_8_bits(
+    left_out: tuple[str, ...], part: str, plain: Path, tmp_path: Path
+) -> None:
+    """And so is what is multiplied together with it."""
+    made = quantize_folder(plain, tmp_path / "model", nf4(), left_out=left_out)
+    decoder, _, plan = tiny.load(made.folder, strategy=None)
+    assert plan.strategy == "4bit"
+    assert decoder.weight_bytes() == dict(plan.weight_bytes)
+    linear, names = products(decoder)[part]
+    assert isinstance(linear, Int8Linear)
+    originals = load_file(plain / "model.safetensors")
+    wanted = torch.cat([made.numbers.get(name, originals[name].float()) for name in names])
+    assert within_8_bits(whole(linear), wanted)
+    assert isinstance(products(decoder)["0.gate_up"][0], Nf4Linear)
+
+
+# --- answers
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes NF4", "bitsandbytes 8 bits", "AWQ", "FP8, blocks of 128 × 128"])
+def test_logits_are_those_of_transformers_with_the_same_numbers(
+    name: str, plain: Path, checkpoint_of: CheckpointOf
+) -> None:
+    """Layers are what the decoder has, and they were held against the format above; embedding and head are rounded."""
+    decoder = tiny.load(checkpoint_of(name).folder, strategy=None)[0]
+    theirs = tiny.reference(plain)
+    state = theirs.state_dict()
+    for linear, names in products(decoder).values():
+        for one, numbers in zip(names, whole(linear).split([len(state[one]) for one in names]), strict=True):
+            state[one].copy_(numbers)
+    state["model.embed_tokens.weight"].copy_(whole(decoder.embedding))
+    state["lm_head.weight"].copy_(whole(decoder.head))
+    ids = tiny.prompt(30)
+    with torch.inference_mode():
+        wanted = theirs(torch.tensor([ids])).logits[0].float()
+    found = tiny.Sequences.of(decoder).feed(ids, every_token=True)
+    assert tiny.difference(found, wanted) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "how", [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": torch.bfloat16},
+        {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "down_proj"]},
+    ], ids=["nf4", "fp4", "int8"],
+)  # fmt: skip
+def test_what_transformers_quantises_and_saves_answers_as_transformers_loads_it(
+    how: dict[str, object], plain: Path, tmp_path: Path
+) -> None:
+    """Made whole on both sides: transformers' own 8-bit product rounds activations too."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = transformers.BitsAndBytesConfig(**how)
+    load(plain, quantization_config=config, dtype=torch.float32, device_map="cpu").save_pretrained(tmp_path / "saved")
+    theirs = load(tmp_path / "saved", dtype=torch.float32, device_map="cpu", attn_implementation="eager").eval()
+    theirs = theirs.dequantize(dtype=torch.float32).float()
+    decoder, spec, _ = tiny.load(tmp_path / "saved", strategy="none")
+    assert spec.quantized is not None
+    ids = tiny.prompt(30)
+    with torch.inference_mode():
+        wanted = theirs(torch.tensor([ids])).logits[0].float()
+    found = tiny.Sequences.of(decoder).feed(ids, every_token=True)
+    assert tiny.difference(found, wanted) < 0.02  # numbers have 16 bits on our side
+
+
+# --- what is told, and what is kept
+
+
+def test_who_has_quantised_weights_quantised_anew_is_warned(checkpoint_of: CheckpointOf, events: list[Event]) -> None:
+    folder = checkpoint_of("bitsandbytes NF4").folder
+    tiny.load(folder, strategy=None)
+    assert not [event for event in events if event.name == "load.warning"]
+    tiny.load(folder, strategy="8bit")
+    (warning,) = [event for event in events if event.name == "load.warning"]
+    assert "bitsandbytes NF4" in warning.fields["reason"]
+    assert "8bit adds its own error" in warning.fields["reason"]
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes NF4", "GPTQ, groups of 32, act-order"])
+def test_the_store_has_the_same_weights(name: str, checkpoint_of: CheckpointOf, tmp_path: Path) -> None:
+    spec, plan = tiny.planned(resolve(str(checkpoint_of(name).folder)), strategy=None)
+    store = Store(tmp_path / "store")
+    first = build(plan, spec, store)
+    first.settle()
+    second = build(plan, spec, store)
+    assert second.attached is not None
+    for part, (linear, _) in products(first).items():
+        for tensor, again in zip(linear.tensors().values(), products(second)[part][0].tensors().values(), strict=True):
+            assert torch.equal(tensor, again)
+    second.release()
+
+
+def test_the_same_bytes_with_another_meaning_are_another_entry(plain: Path, tmp_path: Path) -> None:
+    """GPTQ's two versions differ in a word of config.json, which no digest of tensors has seen."""
+    store = Store(tmp_path / "store")
+    found = []
+    for version in ("gptq", "gptq_v2"):
+        form = gptq(version=1, is_symmetric=False)
+        form = type(form)({**form.config, "checkpoint_format": version}, form.write)
+        made = quantize_folder(plain, tmp_path / version, form)
+        spec, plan = tiny.planned(resolve(str(made.folder)), strategy=None)
+        decoder = build(plan, spec, store)
+        decoder.settle()
+        found.append(whole(products(decoder)["0.down"][0]))
+    assert len(store.entries()) == 2
+    assert not torch.allclose(*found)
+
+
+def test_nf4_in_a_matrix_that_has_no_whole_blocks_goes_into_8_bits(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "plain", "llama", hidden_size=88, head_dim=22, intermediate_size=104)
+    made = quantize_folder(folder, tmp_path / "model", nf4())
+    decoder, _, plan = tiny.load(made.folder, strategy=None)
+    assert plan.strategy == "8bit"
+    for linear, names in products(decoder).values():
+        assert within_8_bits(whole(linear), stacked(made, names))
