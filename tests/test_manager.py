@@ -390,7 +390,7 @@ def test_truncated_checkpoint_leaves_nothing(manager: ModelManager, small_model:
     assert error.__traceback__ is not None
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit", "int4"])
 def test_failure_in_mid_build_leaves_nothing(
     small_model: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:

@@ -15,7 +15,7 @@ model_config:
   base_model: "Qwen/Qwen2.5-7B-Instruct"
   device: "auto"          # auto | cpu | cuda | cuda:1 | mps | mps:0
   max_memory: "20GB"
-  quantization: "4bit"    # none | 8bit | 4bit | nf4 | auto …
+  quantization: "4bit"    # none | 8bit | 4bit | int4 | auto …
 """
 
 

@@ -25,7 +25,7 @@ from loadstone.quantization.linear import Linear
 from loadstone.sources import resolve
 from loadstone.telemetry import Event
 
-STRATEGIES = ("none", "8bit", "4bit")
+STRATEGIES = ("none", "8bit", "4bit", "int4")
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 PairOf = Callable[[str], Pair]
 
@@ -163,7 +163,7 @@ def whole(linear: Linear) -> torch.Tensor:
     return linear.dequantize(0, linear.rows, torch.float32)
 
 
-@pytest.mark.parametrize("strategy", ["8bit", "4bit"])
+@pytest.mark.parametrize("strategy", ["8bit", "4bit", "int4"])
 @pytest.mark.parametrize("variant", ["llama-biases", "llama-tied", "mistral-window", "qwen2", "qwen3"])
 def test_a_quantised_decoder_is_transformers_on_its_dequantised_weights(
     strategy: str, variant: str, pair_of: PairOf
@@ -288,7 +288,7 @@ SENTENCE = [504, 3575, 282, 4649, 314, 7042, 28, 284, 260, 3575, 282, 4521, 314]
 
 
 @needs_bundled
-@pytest.mark.parametrize(("strategy", "close"), [("8bit", 0.998), ("4bit", 0.85)])
+@pytest.mark.parametrize(("strategy", "close"), [("8bit", 0.998), ("4bit", 0.85), ("int4", 0.7)])
 def test_the_bundled_model_keeps_its_logits_when_quantised(strategy: str, close: float, bundled: Bundled) -> None:
     wanted = tiny.Sequences.of(bundled("none")[0]).feed(SENTENCE, every_token=True)
     found = tiny.Sequences.of(bundled(strategy)[0]).feed(SENTENCE, every_token=True)

@@ -216,7 +216,7 @@ def test_a_16_bit_checkpoint_gives_the_logits_of_its_widened_weights(
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])
-@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit", "int4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_processor_that_computes_in_16_bits_agrees_loosely(
     dtype: str, strategy: str, with_kernels: bool, pair_of: PairOf, monkeypatch: pytest.MonkeyPatch

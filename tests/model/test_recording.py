@@ -121,7 +121,7 @@ def test_replays_have_the_logits_of_transformers(
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit", "int4"])
 def test_replays_have_the_numbers_of_the_same_calls_made_one_by_one(
     strategy: str, pair_of: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, events: list[Event]
 ) -> None:

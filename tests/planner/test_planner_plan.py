@@ -158,7 +158,7 @@ def test_refusal_of_a_long_context_offers_a_shorter_one() -> None:
     assert only.startswith("quantization 4bit with context ")
 
 
-@pytest.mark.parametrize("quantization", ["auto", "none", "8bit", "4bit"])
+@pytest.mark.parametrize("quantization", ["auto", "none", "8bit", "4bit", "int4"])
 def test_refusal_tells_that_more_is_needed_than_allowed(quantization: str) -> None:
     with pytest.raises(ResourceError) as caught:
         decide(cpu(4 * GB), quantization=quantization)
@@ -234,7 +234,7 @@ def test_plan_cannot_be_changed() -> None:
 @given(
     allowed=st.integers(500_000_000, 700_000_000),
     more=st.integers(0, 200_000_000),
-    quantization=st.sampled_from(["auto", "none", "8bit", "4bit"]),
+    quantization=st.sampled_from(["auto", "none", "8bit", "4bit", "int4"]),
     context=st.none() | st.integers(1, 32_768),
     streams=st.integers(1, 8),
 )

@@ -10,8 +10,9 @@ import torch
 import weights
 
 from loadstone.quantization import nf4
+from loadstone.quantization.four_bits import Kept
 from loadstone.quantization.linear import DenseLinear, Int8Linear, Linear, Nf4Linear
-from loadstone.quantization.nf4 import Kept, Nf4
+from loadstone.quantization.nf4 import Nf4
 
 KEPT = get_args(Kept)
 FORMS: dict[str, type[Linear]] = {"none": DenseLinear, "8bit": Int8Linear, "4bit": Nf4Linear}

@@ -21,7 +21,7 @@ def kept(linear: Linear) -> int:
     return sum(memory.values())
 
 
-@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit", "int4"])
 @pytest.mark.parametrize("part", ["linear", "embedding", "lm_head"])
 @pytest.mark.usefixtures("kernels")
 @given(rows=st.integers(1, 90), columns=columns_of, dtype=st.sampled_from(weights.DTYPES))
@@ -37,7 +37,7 @@ def test_weight_bytes_are_those_of_the_tensors(
     assert made.nbytes <= said <= made.nbytes + few
 
 
-@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit", "int4"])
 def test_stacked_weights_take_the_sum_of_each(strategy: str) -> None:
     sizes = (48, 16, 32)
     made = weights.quantized(strategy, *(weights.random(rows, 192) for rows in sizes))
@@ -56,6 +56,6 @@ def test_other_names_mean_the_same_strategy(alias: str, name: str) -> None:
 
 
 def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"'3bit' is not known\n.*Known are none, 8bit, 4bit"):
+    with pytest.raises(ConfigurationError, match=r"'3bit' is not known\n.*Known are none, 8bit, 4bit, int4"):
         find_strategy("3bit")
-    assert known_strategies()[:3] == ("none", "8bit", "4bit")
+    assert known_strategies()[:4] == ("none", "8bit", "4bit", "int4")

@@ -44,7 +44,7 @@ verbose_option = click.option(
 
 config_option = click.option("--config", "config_file", metavar="FILE", help="The configuration file to read.")
 _load_options = (
-    click.option("--quantization", metavar="STRATEGY", help="How weights are kept: none, 8bit, 4bit or auto."),
+    click.option("--quantization", metavar="STRATEGY", help="How weights are kept: none, 8bit, 4bit, int4 or auto."),
     click.option("--device", metavar="DEVICE", help="Where to load it: auto, cpu, cuda, cuda:1 or mps."),
     click.option("--max-memory", metavar="SIZE", help="The most memory that it may take, like 20GB or 16GiB."),
     click.option("--context", metavar="TOKENS", help="The longest conversation, like 4096 or 32k."),

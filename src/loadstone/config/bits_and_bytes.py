@@ -103,7 +103,7 @@ def bits_and_bytes(value: object) -> BitsAndBytes:
     to_dict = getattr(value, "to_dict", None)
     said = value if isinstance(value, Mapping) else to_dict() if callable(to_dict) else None
     if not isinstance(said, Mapping):
-        raise ValueError(f"{show(value)} is not the name of a strategy; write none, 8bit, 4bit or auto")
+        raise ValueError(f"{show(value)} is not the name of a strategy; write none, 8bit, 4bit, int4 or auto")
     fields = {str(key): one for key, one in said.items() if not str(key).startswith("_")}
     method = fields.pop("quant_method", "bitsandbytes")
     if getattr(method, "value", method) != "bitsandbytes":

@@ -50,8 +50,8 @@ class LoadConfig(Wish):
     included."""
 
     quantization: str = Field(default="4bit", examples=['"4bit"'])
-    """How weights are kept: `none`, `8bit`, `4bit` (also `nf4`), `auto`, or a plug-in's name; empty is
-    `none`. `4bit` by default: a quarter of the memory, and so about four times the speed, for little loss. A
+    """How weights are kept: `none`, `8bit`, `4bit` (also `nf4`), `int4`, `auto`, or a plug-in's name; empty
+    is `none`. `4bit` by default: a quarter of the memory, and so about four times the speed, for little loss. A
     checkpoint that is quantised already keeps its own form unless this is set; any form of 4 bits is `4bit`, and
     only NF4 is `nf4`."""
 
@@ -120,7 +120,7 @@ class LoadConfig(Wish):
             return value
         name = value.strip().lower()
         if not _STRATEGY.fullmatch(name):
-            raise ValueError(f"{show(value)} is not the name of a strategy; write none, 8bit, 4bit or auto")
+            raise ValueError(f"{show(value)} is not the name of a strategy; write none, 8bit, 4bit, int4 or auto")
         if name in ("4", "8"):
             return f"{name}bit"
         if name.lstrip("-").isdigit():

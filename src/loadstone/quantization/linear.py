@@ -99,6 +99,7 @@ class KernelLinear(Linear):
 
     kernels: CpuKernels | None
     kind: str
+    group = BLOCK
     scale = 1.0
 
     @property
@@ -117,8 +118,8 @@ class KernelLinear(Linear):
         if self.kernels is None or x.dtype != torch.float32 or not self.takes(x.shape[0]):
             return super().__call__(x, norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual)
         return self.kernels.product(
-            self.kind, x.contiguous(), *self.packed, rows=self.rows, columns=self.columns, scale=self.scale,
-            norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual,
+            self.kind, x.contiguous(), *self.packed, rows=self.rows, columns=self.columns, group=self.group,
+            scale=self.scale, norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual,
         )  # fmt: skip
 
     def call(
@@ -128,7 +129,7 @@ class KernelLinear(Linear):
         """Return the kernel's call that writes the product of x into y, where it `takes` x."""
         assert self.kernels is not None
         return self.kernels.product_call(
-            self.kind, x, *self.packed, y=y, work=work, scale=self.scale,
+            self.kind, x, *self.packed, y=y, work=work, group=self.group, scale=self.scale,
             norm=norm, epsilon=epsilon, gated=gated, bias=bias, residual=residual,
         )  # fmt: skip
 

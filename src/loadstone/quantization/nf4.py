@@ -7,12 +7,11 @@ are the same and the absmax has 16 bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from .base import Facts, Packed, Packing
-from .codes import BLOCK, NF4, padded
-from .int8 import Int8, int8_layout, restore_int8
-from .none import NoQuantization
+from .base import Facts, Packing
+from .codes import BLOCK, NF4
+from .four_bits import FourBits
 from .turning import wide_kernels
 
 if TYPE_CHECKING:
@@ -25,38 +24,17 @@ if TYPE_CHECKING:
     from .linear import Linear
 
 
-Kept = Literal["none", "8bit", "4bit"]
 LARGEST = 2.0**15  # what the largest absmax is kept as: near float16's own largest, so that small ones keep theirs
 
 
-class Nf4(Packed):
-    """Keeps the layers' matrices in 4 bits and what maps tokens in and out in 8.
-
-    `embedding` and `lm_head` say how these two are kept: "none", "8bit" or "4bit". A tied head is its embedding. Both
-    are 8 bits because of what `benchmarks.quality` measured with the others: beside floats 8 bits cost less than a
-    thousandth of perplexity, while a head in NF4 cost a quarter, to save 6 % of what a token of a 7B model reads.
-    """
+class Nf4(FourBits):
+    """Keeps the layers' matrices in NF4, and what maps tokens in and out as `FourBits` says."""
 
     name = "4bit"
     summary = "NF4, 4.25 bits a weight in the layers; embedding and head in 8 bits"
+    beside = 2
 
-    def __init__(self, name: str = name, *, embedding: Kept = "8bit", lm_head: Kept = "8bit") -> None:
-        self.name = name
-        self._kept: dict[str, Kept] = {"embedding": embedding, "lm_head": lm_head}
-
-    def weight_bytes(self, part: str, rows: int, columns: int, *, dtype_bytes: int = 2) -> int:
-        other = self._other(part, columns)
-        if other is not None:
-            return other.weight_bytes(part, rows, columns, dtype_bytes=dtype_bytes)
-        rows = padded(rows)  # a little too much for a few odd rows where they are not turned
-        return rows * columns // 2 + 2 * (rows * columns // BLOCK)
-
-    def packing(
-        self, part: str, rows: int, columns: int, *, source: torch.dtype, device: torch.device, dtype: torch.dtype
-    ) -> Packing:
-        other = self._other(part, columns)
-        if other is not None:
-            return other.packing(part, rows, columns, source=source, device=device, dtype=dtype)
+    def packing_in_four(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Packing:
         if device.type == "cuda":
             from ._bitsandbytes import BitsandbytesPacking
 
@@ -68,26 +46,14 @@ class Nf4(Packed):
     def keeps(self, coding: Coding) -> bool:
         return coding.kind == "nf4"
 
-    def _other(self, part: str, columns: int) -> Packed | None:
-        """Return the strategy that keeps a matrix which is not kept in 4 bits; NF4 wants rows of whole blocks."""
-        kept = self._kept.get(part, "4bit")
-        if kept == "none":
-            return NoQuantization()
-        return Int8() if kept == "8bit" or columns % BLOCK else None
+    def layout_in_four(self, device_kind: str) -> str:
+        if device_kind == "cuda":
+            return "bitsandbytes-nf4-double-1"
+        return "nf4-64-absmax16-turned-1" if device_kind == "cpu" and wide_kernels() else "nf4-64-absmax16-1"
 
-    def layout(self, device_kind: str) -> str:
-        on_cpu = "nf4-64-absmax16-turned-1" if device_kind == "cpu" and wide_kernels() else "nf4-64-absmax16-1"
-        linear = "bitsandbytes-nf4-double-1" if device_kind == "cuda" else on_cpu
-        others = [f"{part}-{kept}" for part, kept in self._kept.items() if kept != "8bit"]
-        return "+".join([linear, int8_layout(device_kind), *others])
+    def restore_in_four(self, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
+        from .linear import Nf4Linear, TurnedNf4Linear
 
-    def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
-        from .linear import DenseLinear, Nf4Linear, TurnedNf4Linear
-
-        if "scales" in tensors:
-            return restore_int8(tensors, dtype)
-        if "weight" in tensors:
-            return DenseLinear(tensors["weight"], dtype)
         if "absmax2" in tensors:
             from ._bitsandbytes import BitsandbytesNf4
 

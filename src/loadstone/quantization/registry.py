@@ -17,6 +17,7 @@ STRATEGIES: Door[Strategy] = Door(
         "none": "loadstone.quantization.none:NoQuantization",
         "8bit": "loadstone.quantization.int8:Int8",
         "4bit": "loadstone.quantization.nf4:Nf4",
+        "int4": "loadstone.quantization.int4:Int4",
     },
     lambda name, found: made(found, Strategy, name),  # type: ignore[type-abstract]  # asked of, not made
 )

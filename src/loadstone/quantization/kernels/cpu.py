@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loadstone.quantization.codes import BLOCK
 from loadstone.telemetry import emit
 
 from .openmp import openmp_symbols
@@ -76,35 +77,38 @@ class CpuKernels:
 
         self.is_wide = wide
         self._compiled = Compiled("products-wide" if wide else "products", write, openmp_symbols())
-        names = [kind + before for kind in ("nf4", "int8", *NAMES.values()) for before in BEFORE]
-        names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int8") for name in NAMES.values()]
+        names = [kind + before for kind in ("nf4", "int4", "int8", *NAMES.values()) for before in BEFORE]
+        names += [f"quantize_{kind}_{name}" for kind in ("nf4", "int4", "int8") for name in NAMES.values()]
         self._functions: dict[str, Run] = {name: self._compiled.function(name) for name in names}
         self._replay, self._turn = self._compiled.function("replay"), self._compiled.function("turn")
         self._attention: dict[tuple[int, torch.dtype], AttentionKernel] = {}
 
     def product(
         self, kind: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, *,
-        rows: int, columns: int, scale: float = 1.0, norm: torch.Tensor | None = None, epsilon: float = 0.0,
-        gated: bool = False, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+        rows: int, columns: int, group: int = BLOCK, scale: float = 1.0, norm: torch.Tensor | None = None,
+        epsilon: float = 0.0, gated: bool = False, bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Return y = f(x)·Wᵀ + bias + residual, M × rows, for x of M × columns.
 
-        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`), "int8"
-        (rows × columns, one float32 scale a row), both as `turned.py` says where the kernels are wide, or a float
-        type's name. f is nothing, an RMS norm with weights `norm`, or for `gated` silu of the first half of each row of
-        x (M × 2·columns) times the second.
+        `kind` is how W is kept: "nf4" (codes rows × columns/2, scales float16 rows × columns/64, times `scale`), "int4"
+        (codes rows × columns/2, scales float16 rows × columns/`group` × 2: each a scale and a zero point, times
+        `scale`), "int8" (rows × columns, one float32 scale a row), all as `turned.py` says where the kernels are wide,
+        or a float type's name. f is nothing, an RMS norm with weights `norm`, or for `gated` silu of the first half of
+        each row of x (M × 2·columns) times the second.
         """
         y = torch.empty(x.shape[0], rows)
         self.product_call(
-            kind, x, weight, scales, y=y, work=Work(x.shape[0], columns), scale=scale, norm=norm, epsilon=epsilon,
-            gated=gated, bias=bias, residual=residual,
+            kind, x, weight, scales, y=y, work=Work(x.shape[0], columns), group=group, scale=scale, norm=norm,
+            epsilon=epsilon, gated=gated, bias=bias, residual=residual,
         )()  # fmt: skip
         return y
 
     def product_call(
         self, kind: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, *,
-        y: torch.Tensor, work: Work, scale: float = 1.0, norm: torch.Tensor | None = None, epsilon: float = 0.0,
-        gated: bool = False, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+        y: torch.Tensor, work: Work, group: int = BLOCK, scale: float = 1.0, norm: torch.Tensor | None = None,
+        epsilon: float = 0.0, gated: bool = False, bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> Call:  # fmt: skip
         """Return the call that writes `product` of the same arguments into `y` (M × rows)."""
         count, rows = y.shape
@@ -115,7 +119,7 @@ class CpuKernels:
             rows=rows, columns=x.shape[1] // (2 if gated else 1), x_rows=count,
             scratch=x.data_ptr() if is_as_it_is else work.numbers.data_ptr(), scratch_scales=work.scales.data_ptr(),
             whole=_bits(scale), threads=torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
-            bias=_address(bias), residual=_address(residual), sums=work.sums.data_ptr(),
+            bias=_address(bias), residual=_address(residual), sums=work.sums.data_ptr(), group=group // BLOCK,
         )  # fmt: skip
         return Call(self._functions[kind + before], words, (x, weight, scales, y, work, norm, bias, residual))
 
@@ -141,10 +145,21 @@ class CpuKernels:
         """Write a weight (rows × columns, a multiple of 64) as int8 into `numbers`, and each row's scale (float32)."""
         self._quantize("int8", weight, numbers, scales)
 
-    def _quantize(self, kind: str, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+    def quantize_int4(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what `reference.quantize_int4` does."""
+        rows, columns = weight.shape
+        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        scales, zeros = torch.empty(2, rows, columns // BLOCK)
+        self._quantize("int4", weight, codes, scales, zeros)
+        return codes, scales, zeros
+
+    def _quantize(
+        self, kind: str, weight: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor,
+        zeros: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         addresses = (weight.data_ptr(), numbers.data_ptr(), scales.data_ptr())
         rows, columns = weight.shape
-        words = QuantizerWords(*addresses, rows, columns, 1)  # its callers are many threads already
+        words = QuantizerWords(*addresses, rows, columns, 1, _address(zeros))  # its callers are many threads already
         self._functions[f"quantize_{kind}_{NAMES[weight.dtype]}"](_array(words))
 
     def attention(self, head_size: int, cache_dtype: torch.dtype) -> AttentionKernel | None:

@@ -1,9 +1,10 @@
 """y = x·Wᵀ for weights kept in 4 bits, 8 bits, or as floats: the loops that read every weight once.
 
 4 and 8 bits are multiplied in integers, by `wide.py` where the processor has 512-bit ones, and else here. Each block
-of 64 activations is scaled to 15 bits; an NF4 code becomes a 15-bit number through two byte look-ups (PSHUFB); PMADDWD
-adds pairs of products in 32 bits. Eight products of 16383² fit a 32-bit sum, so nothing overflows and nothing is
-rounded inside a block: against float32 the result is off by about 6e-5, a fiftieth of what bfloat16 activations cost.
+of 64 activations is scaled to 15 bits; an NF4 code becomes a 15-bit number through two byte look-ups (PSHUFB), an int4
+code one of 5 bits by a difference; PMADDWD adds pairs of products in 32 bits. Eight products of 16383² fit a 32-bit
+sum, so nothing overflows and nothing is rounded inside a block: against float32 the result is off by about 6e-5, a
+fiftieth of what bfloat16 activations cost.
 
 What a decoder does just before and after a product is done here too, while the numbers are at hand: `name.normed`
 takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]; a bias and a residual are added to y.
@@ -11,6 +12,8 @@ takes RMS-normed rows of x, `name.gated` takes silu(gate)·up of rows [gate, up]
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from loadstone.quantization.codes import BLOCK, NF4
@@ -31,48 +34,76 @@ _HIGH = [index for half in (0, 16) for j in range(8, 16) for index in (half + j,
 ORDER = [2 * (half + eight + j) + odd for odd in (0, 1) for eight in (0, 8) for half in (0, 16) for j in range(8)]
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """How a kind of weights is unpacked: `unpack` takes a row's address, a block and what is beside it, and returns 64
+    weights as four vectors of 16-bit numbers, in `order`."""
+
+    name: str
+    bits: int  # a weight
+    order: list[int]  # the columns of a block, in the order of the numbers
+    unpack: Callable[[Kernel, Any, Any, Any], list[Any]]
+    side: int = 0  # bytes beside a block of a row: nothing, its scale, or its group's scale and zero point
+    unit: float = 1.0  # how many of its numbers are 1
+
+
 def build_products(module: Any, *, is_wide: bool) -> None:
-    """Add `nf4`, `int8`, `float32`, `bfloat16` and `float16` to the module, each plain, `.normed` and `.gated`."""
+    """Add `nf4`, `int4`, `int8` and the float types to the module, each plain, `.normed` and `.gated`."""
     if is_wide:
         build_wide_products(module)
     else:
-        _integer_product(module, "nf4", _nf4_block, weight_bits=4, order=ORDER)
-        _integer_product(module, "int8", _int8_block, weight_bits=8, order=list(range(BLOCK)))
+        _integer_product(module, Narrow("nf4", 4, ORDER, _nf4_block, side=2, unit=LIMIT))
+        _integer_product(module, Narrow("int4", 4, ORDER, _int4_block, side=4))
+        _integer_product(module, Narrow("int8", 8, list(range(BLOCK)), _int8_block))
     for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
         _float_product(module, name, size)
 
 
-def _nf4_block(k: Kernel, row: Any, block: Any) -> list[Any]:
-    """Return 64 weights as four vectors of 16-bit numbers, in ORDER."""
+def _nf4_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:
     table = [round(value * LIMIT) for value in NF4]
     low = constants(I8, [number & 255 for number in table] * 2)
     high = constants(I8, [(number >> 8) & 255 for number in table] * 2)
-    nibble = constants(I8, [15] * 32)
-    pairs = k.get(row, k.mul(block, I64(32)), vector(I8, 32))
-    shifted = k.lshr(k.bitcast(pairs, vector(I16, 16)), constants(I16, [4] * 16))
     weights = []
-    for codes in (k.and_(k.bitcast(shifted, vector(I8, 32)), nibble), k.and_(pairs, nibble)):
+    for codes in _codes(k, row, block):
         bytes_low = k.intrinsic("llvm.x86.avx2.pshuf.b", vector(I8, 32), low, codes)
         bytes_high = k.intrinsic("llvm.x86.avx2.pshuf.b", vector(I8, 32), high, codes)
         weights += [k.bitcast(k.pick(bytes_low, bytes_high, order), vector(I16, 16)) for order in (_LOW, _HIGH)]
     return weights
 
 
-def _int8_block(k: Kernel, row: Any, block: Any) -> list[Any]:
-    """Return 64 weights as four vectors of 16-bit numbers, in their own order."""
+def _int4_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:
+    zero = k.splat(k.fptosi(beside, I16), 16)
+    nothing = constants(I8, [0] * 32)
+    weights = []
+    for codes in _codes(k, row, block):
+        numbers = [k.bitcast(k.pick(codes, nothing, order), vector(I16, 16)) for order in (_LOW, _HIGH)]
+        weights += [k.sub(number, zero) for number in numbers]
+    return weights
+
+
+def _codes(k: Kernel, row: Any, block: Any) -> list[Any]:
+    """Return the 32 codes of a block's even columns, and those of its odd ones, a byte each."""
+    nibble = constants(I8, [15] * 32)
+    pairs = k.get(row, k.mul(block, I64(32)), vector(I8, 32))
+    shifted = k.lshr(k.bitcast(pairs, vector(I16, 16)), constants(I16, [4] * 16))
+    return [k.and_(k.bitcast(shifted, vector(I8, 32)), nibble), k.and_(pairs, nibble)]
+
+
+def _int8_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:
     start = k.mul(block, I64(BLOCK))
     parts = [k.get(row, k.add(start, I64(16 * part)), vector(I8, 16)) for part in range(4)]
     return [k.sext(part, vector(I16, 16)) for part in parts]
 
 
-def _integer_product(module: Any, name: str, unpack: Any, *, weight_bits: int, order: list[int]) -> None:
-    rows = {count: _integer_rows(module, f"{name}.rows{count}", unpack, weight_bits, count) for count in ROWS_AT_ONCE}
-    worker = _tiles(module, f"{name}.worker", rows)
+def _integer_product(module: Any, form: Narrow) -> None:
+    rows = {count: _integer_rows(module, f"{form.name}.rows{count}", form, count) for count in ROWS_AT_ONCE}
+    worker = _tiles(module, f"{form.name}.worker", rows)
     for suffix, before in BEFORE.items():
         scale = prepare(
-            module, f"{name}.prepare{suffix}", before, lambda k, m, c, values: _scaled(k, m, c, values, order)
-        )
-        k = Kernel(module, name + suffix, ProductWords)
+            module, f"{form.name}.prepare{suffix}", before,
+            lambda k, m, c, values: _scaled(k, m, c, values, form.order),
+        )  # fmt: skip
+        k = Kernel(module, form.name + suffix, ProductWords)
         k.call(scale, [k.arguments])
         k.in_parallel(worker)
         k.done()
@@ -99,7 +130,7 @@ def _put_result(k: Kernel, value: Any, line: Any, row: Any) -> None:
             k.put(k.fadd(k.get(y, place, F32), k.get(address, index, F32)), y, place)
 
 
-def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: int) -> Any:
+def _integer_rows(module: Any, name: str, form: Narrow, count: int) -> Any:
     """Multiply rows [r0, r1) of W with `count` rows of x from m0 on."""
     k = Kernel(module, name, ProductWords, extra=3)
     first, last, m0 = k.extra
@@ -107,7 +138,7 @@ def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: 
     numbers, x_scales = k.words("scratch", "scratch_scales")
     whole = k.float_word("whole")
     blocks = k.udiv(columns, I64(BLOCK))
-    row_bytes = k.udiv(k.mul(columns, I64(weight_bits)), I64(8))
+    row_bytes = k.udiv(k.mul(columns, I64(form.bits)), I64(8))
     lines = [k.add(m0, I64(j)) for j in range(count)]
     x_rows = [k.add(numbers, k.mul(line, k.mul(columns, I64(2)))) for line in lines]
     scale_rows = [k.add(x_scales, k.mul(line, k.mul(blocks, I64(4)))) for line in lines]
@@ -116,8 +147,8 @@ def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: 
         here = k.add(weights, k.mul(r, row_bytes))
 
         def block(b: Any, *sums: Any) -> list[Any]:
-            values = unpack(k, here, b)
-            per_block = k.fpext(k.get(scales, k.add(k.mul(r, blocks), b), F16), F32) if weight_bits == 4 else None
+            per_block, beside = _beside(k, form, scales, k.add(k.mul(r, blocks), b))
+            values = form.unpack(k, here, b, beside)
             following = []
             for j in range(count):
                 total = None
@@ -135,14 +166,23 @@ def _integer_rows(module: Any, name: str, unpack: Any, weight_bits: int, count: 
             return following
 
         sums = k.loop(I64(0), blocks, 1, block, *[constants(F32, [0.0] * 8)] * count)
-        per_row = (
-            k.fmul(whole, k.get(scales, r, F32)) if weight_bits == 8 else k.fmul(whole, F32(as_float32(1.0 / LIMIT)))
-        )
+        per_row = k.fmul(whole, F32(as_float32(1.0 / form.unit)) if form.side else k.get(scales, r, F32))
         for j in range(count):
             _put_result(k, k.fmul(k.sum(sums[j]), per_row), lines[j], r)
 
     k.loop(first, last, 1, row)
     return k.done()
+
+
+def _beside(k: Kernel, form: Narrow, scales: Any, index: Any) -> tuple[Any, Any]:
+    """Return the scale of a block by its number in W, and int4's zero point; None where there is none."""
+    if form.side == 2:
+        return k.fpext(k.get(scales, index, F16), F32), None
+    if form.side == 4:
+        place = k.mul(k.udiv(index, k.word("group")), I64(2))
+        both = k.fpext(k.get(scales, place, vector(F16, 2)), vector(F32, 2))
+        return k.extract_element(both, I32(0)), k.extract_element(both, I32(1))
+    return None, None
 
 
 def _float_product(module: Any, name: str, size: int) -> None:

@@ -1,8 +1,8 @@
 """Sixteen rows of W, a row a lane: 4- and 8-bit weights unpacked to pairs of 16-bit numbers for 512-bit products.
 
 A vector holds one 32-bit word of sixteen rows, as they stand in memory. A word's numbers become pairs of 16 bits by
-shifts and, for NF4, one look-up of 32 codes (VPERMW). The activations of a block are put in the order in which the
-pairs then stand.
+shifts and, for NF4, one look-up of 32 codes (VPERMW), for int4 one difference. The activations of a block are put in
+the order in which the pairs then stand.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ NF4_SCALE = 6282.75
 
 @dataclass(frozen=True)
 class Form:
-    """How a kind of weights is unpacked: `unpack` makes pairs of a vector of 32-bit words."""
+    """How a kind of weights is unpacked: `unpack` makes pairs of a vector of 32-bit words, and of zero points."""
 
     name: str
     bits: int  # a weight
     largest: int  # magnitude of a number after unpacking
     order: Sequence[int]  # the columns of a block, in the order of the pairs
-    unpack: Callable[[Kernel, Any], list[Any]]
+    unpack: Callable[[Kernel, Any, Any], list[Any]]
+    side: int  # bytes beside a block of a row: nothing, its scale, or its group's scale and zero point
+    unit: float  # how many of its numbers are 1
 
     @property
     def words(self) -> int:
@@ -46,24 +48,35 @@ class Rows:
         self.k, self.form = k, form
         self.blocks = k.udiv(k.word("columns"), I64(BLOCK))
         block = k.mul(k.udiv(first, I64(LANES)), self.blocks)
-        self._bytes = [LANES * form.words * 4] + [LANES * 2] * (form.bits == 4)  # of a block, and of its scales
-        self._read = [
-            k.add(k.word(name), k.mul(block, I64(size)))
-            for name, size in zip(("weights", "scales"), self._bytes, strict=False)
-        ]
+        self._read = [k.add(k.word("weights"), k.mul(block, I64(self._block_bytes)))]
+        if form.side:
+            self._read.append(k.add(k.word("scales"), k.mul(self._group(block), I64(LANES * form.side))))
+
+    @property
+    def _block_bytes(self) -> int:
+        return LANES * self.form.words * 4
+
+    def _group(self, block: Any) -> Any:
+        """Return which group of those that have scales a block is in."""
+        return self.k.udiv(block, self.k.word("group")) if self.form.side == 4 else block
 
     def words(self, b: Any) -> list[Any]:
         """Return block b's words: each vector has one word of sixteen rows."""
         k = self.k
-        here = k.add(self._read[0], k.mul(b, I64(self._bytes[0])))
+        here = k.add(self._read[0], k.mul(b, I64(self._block_bytes)))
         return [k.get(here, I64(LANES * word), vector(I32, LANES)) for word in range(self.form.words)]
 
-    def scales(self, b: Any) -> Any:
-        """Return block b's scales (float32) of sixteen rows."""
-        if self.form.bits == 8:  # a row has one, for all of it
-            return constants(F32, [1.0] * LANES)
+    def beside(self, b: Any) -> tuple[Any, Any]:
+        """Return block b's scales (float32) of sixteen rows, and for int4 their zero points, each as a pair."""
         k = self.k
-        return k.fpext(k.get(self._read[1], k.mul(b, I64(LANES)), vector(F16, LANES)), vector(F32, LANES))
+        if not self.form.side:  # a row has one scale, for all of it
+            return constants(F32, [1.0] * LANES), None
+        at = k.mul(self._group(b), I64(LANES))
+        if self.form.side == 2:
+            return k.fpext(k.get(self._read[1], at, vector(F16, LANES)), vector(F32, LANES)), None
+        both = k.get(self._read[1], k.mul(at, I64(2)), vector(F16, 2 * LANES))
+        scales, zeros = (k.pick(both, both, range(place, 2 * LANES, 2)) for place in (0, 1))
+        return k.fpext(scales, vector(F32, LANES)), _pairs_of(k, zeros)
 
     def ask_for_next_rows(self, b: Any) -> None:
         """Ask memory for block b of the sixteen rows after these."""
@@ -78,13 +91,21 @@ class Rows:
 
     def _ask(self, block: Any) -> None:
         k = self.k
-        for base, size in zip(self._read, self._bytes, strict=True):
-            place = k.add(base, k.mul(block, I64(size)))
+        asked = [(block, self._block_bytes), (self._group(block), LANES * self.form.side)]
+        for base, (index, size) in zip(self._read, asked, strict=False):
+            place = k.add(base, k.mul(index, I64(size)))
             for line in range(0, size, LINE):
                 k.prefetch(k.add(place, I64(line)))
 
 
-def _nf4(k: Kernel, word: Any) -> list[Any]:
+def _pairs_of(k: Kernel, numbers: Any) -> Any:
+    """Return small whole numbers (float16) as 16-bit integers, each twice: a pair in its lane."""
+    whole = k.fptosi(k.fpext(numbers, vector(F32, LANES)), vector(I32, LANES))
+    both = k.or_(whole, k.shl(whole, constants(I32, [16] * LANES)))
+    return k.bitcast(both, vector(I16, 2 * LANES))
+
+
+def _nf4(k: Kernel, word: Any, zeros: Any) -> list[Any]:
     # A look-up heeds five bits of each 16; the fifth is of another code, so the table stands there twice.
     table = constants(I16, [round(value * NF4_SCALE) for value in NF4] * 2)
     pairs = []
@@ -94,16 +115,26 @@ def _nf4(k: Kernel, word: Any) -> list[Any]:
     return pairs
 
 
-def _int8(k: Kernel, word: Any) -> list[Any]:
+def _int4(k: Kernel, word: Any, zeros: Any) -> list[Any]:
+    low = constants(I16, [15] * 2 * LANES)
+    pairs = []
+    for shift in range(0, 16, 4):
+        codes = k.bitcast(k.lshr(word, constants(I32, [shift] * LANES)), vector(I16, 2 * LANES))
+        pairs.append(k.sub(k.and_(codes, low), zeros))
+    return pairs
+
+
+def _int8(k: Kernel, word: Any, zeros: Any) -> list[Any]:
     eight = constants(I16, [8] * 2 * LANES)
     numbers = k.bitcast(word, vector(I16, 2 * LANES))
     return [k.ashr(k.shl(numbers, eight), eight), k.ashr(numbers, eight)]
 
 
 # Nibble n of a word is column n ^ 1: the first of two codes is in the high nibble.
-_NF4_ORDER = [8 * word + (nibble ^ 1) for word in range(8) for low in range(4) for nibble in (low, low + 4)]
+_NIBBLES = [8 * word + (nibble ^ 1) for word in range(8) for low in range(4) for nibble in (low, low + 4)]
 _INT8_ORDER = [4 * word + byte for word in range(16) for low in (0, 1) for byte in (low, low + 2)]
 FORMS = (
-    Form("nf4", 4, round(NF4_SCALE), _NF4_ORDER, _nf4),
-    Form("int8", 8, 128, _INT8_ORDER, _int8),
+    Form("nf4", 4, round(NF4_SCALE), _NIBBLES, _nf4, side=2, unit=NF4_SCALE),
+    Form("int4", 4, 16, _NIBBLES, _int4, side=4, unit=1.0),
+    Form("int8", 8, 128, _INT8_ORDER, _int8, side=0, unit=1.0),
 )

@@ -18,7 +18,7 @@ from loadstone.quantization.codes import BLOCK, LANES
 
 from ._llvm import F32, I16, I32, I64, Kernel, as_float32, constants, vector
 from .activations import BEFORE, prepare
-from .unpacking import FORMS, NF4_SCALE, PAIRS, Form, Rows
+from .unpacking import FORMS, PAIRS, Form, Rows
 from .words import SUMS, ProductWords
 
 AT_ONCE = 8  # rows of x that are multiplied together; what is left is one smaller group
@@ -34,7 +34,7 @@ SIDE_BLOCK = 2 * LANES * 4  # and beside it: each row's scale, and what is to be
 
 
 def build_wide_products(module: Any) -> None:
-    """Add `nf4` and `int8` to the module, each plain, `.normed` and `.gated`."""
+    """Add `nf4`, `int4` and `int8` to the module, each plain, `.normed` and `.gated`."""
     multiply = {count: _multiply(module, count) for count in SIZES}
     for form in FORMS:
         few, many = _few(module, form), _many(module, form, multiply)
@@ -151,9 +151,10 @@ def _direct(module: Any, form: Form, count: int) -> Any:
         for index, word in enumerate(rows.words(b)):
             k.put(word, words, I64(LANES * index))
         x_here, steps_here = k.add(x, k.mul(b, I64(4 * PAIRS * count))), k.add(steps, k.mul(b, I64(8 * count)))
+        scales, zero_points = rows.beside(b)
 
         def word_by_word(index: Any, *found: Any) -> list[Any]:
-            pairs = form.unpack(k, k.get(words, k.mul(index, I64(LANES)), INTEGERS))
+            pairs = form.unpack(k, k.get(words, k.mul(index, I64(LANES)), INTEGERS), zero_points)
             x_now = k.add(x_here, k.mul(index, I64(4 * count * len(pairs))))
             return add(k, count, list(found), pairs, x_now)
 
@@ -165,7 +166,7 @@ def _direct(module: Any, form: Form, count: int) -> Any:
             begin = [k.splat(off, LANES) for off in offs]
             *found, crossed = k.loop(I64(0), I64(form.words), 1, word_by_word, *begin, zeros[0])
             found = [k.sub(one, crossed) for one in found]
-        following, scales = [], rows.scales(b)
+        following = []
         for j in range(count):
             whole = reduce(k.add, found[j::count])
             following.append(_add_block(k, totals[j], whole, scales, k.get(steps_here, I64(j), F32)))
@@ -262,7 +263,8 @@ def _fill(module: Any, form: Form) -> Any:
     def one(b: Any) -> None:
         rows.ask_ahead(k.add(start, b), CHUNK, SUMS)
         block = k.add(start, b)
-        pairs = [k.bitcast(pair, INTEGERS) for word in rows.words(block) for pair in form.unpack(k, word)]
+        scales, zero_points = rows.beside(block)
+        pairs = [k.bitcast(pair, INTEGERS) for word in rows.words(block) for pair in form.unpack(k, word, zero_points)]
         at = k.add(panel, k.mul(b, I64(PANEL_BLOCK)))
         for index, pair in enumerate(pairs):
             k.put(pair, at, I64(LANES * index))
@@ -270,7 +272,7 @@ def _fill(module: Any, form: Form) -> Any:
         for index in range(0, PAIRS, 2):
             crossed = _add_products(k, crossed, pairs[index], pairs[index + 1])
         at = k.add(side, k.mul(b, I64(SIDE_BLOCK)))
-        k.put(rows.scales(block), at, I64(0))
+        k.put(scales, at, I64(0))
         k.put(k.sub(constants(I32, [0] * LANES), crossed), at, I64(LANES))
 
     k.loop(I64(0), count, 1, one)
@@ -317,7 +319,7 @@ def _put_results(k: Kernel, form: Form, value: Any, m: Any, r: Any) -> None:
     is_there = k.icmp_signed("<", constants(I32, range(LANES)), left)
     whole = k.float_word("whole")
     if form.bits == 4:
-        factor = k.splat(k.fmul(whole, F32(as_float32(1.0 / NF4_SCALE))), LANES)
+        factor = k.splat(k.fmul(whole, F32(as_float32(1.0 / form.unit))), LANES)
     else:
         factor = k.fmul(k.get_where(is_there, k.word("scales"), r, FLOATS), k.splat(whole, LANES))
     place = k.add(k.mul(m, n), r)

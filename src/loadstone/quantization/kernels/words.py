@@ -18,7 +18,7 @@ class ProductWords(NamedTuple):
 
     x: int  # float32, M × K; gated: M × 2K
     weights: int
-    scales: int  # NF4: float16, N × K/64; int8: float32, N; floats: 0
+    scales: int  # NF4: float16, N × K/64; int4: float16, N × groups × 2; int8: float32, N; floats: 0
     y: int  # float32, M × N
     rows: int
     columns: int
@@ -32,17 +32,19 @@ class ProductWords(NamedTuple):
     bias: int  # float32, N, or 0
     residual: int  # float32, M × N, or 0
     sums: int  # scratch: float32, threads × SUMS × M; 0 where there is no need
+    group: int  # int4: blocks of 64 columns that have a scale and a zero point; else 1
 
 
 class QuantizerWords(NamedTuple):
     """A weight in, codes or numbers and their scales out."""
 
     weights: int
-    numbers: int  # NF4: uint8, two codes a byte, the first in the high nibble; int8: int8
-    scales: int  # NF4: float32, one for 64 weights; int8: float32, one a row
+    numbers: int  # NF4, int4: uint8, two codes a byte, the first in the high nibble; int8: int8
+    scales: int  # NF4, int4: float32, one for 64 weights; int8: float32, one a row
     rows: int
     columns: int
     threads: int
+    zeros: int = 0  # int4: float32, one for 64 weights
 
 
 class TurningWords(NamedTuple):
