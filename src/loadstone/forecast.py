@@ -24,7 +24,7 @@ from .light import OWN_FORM, light_files
 from .planner import Expected, Machine, Plan, expect, find_machine
 from .planner import plan as decide
 from .planner.accuracy import Allowance, allowance_of, kind_of, read_records
-from .planner.own import own_strategy
+from .planner.own import kept_name, own_strategy
 from .planner.runtime import BARE, REST, TORCH, runtime_bytes
 from .quantization import AUTO, STRATEGIES, find_strategy
 from .quantization.base import Strategy
@@ -132,8 +132,8 @@ class _Forecasting:
     def __init__(self, configured: ConfigManager, machine: Machine | None) -> None:
         self.wish, self.machine = configured.config.model, machine
         self.store = open_store(configured.config.store)
-        if self.wish.quantization != AUTO:
-            find_strategy(self.wish.quantization)  # before anything is fetched
+        if self.wish.strategy != AUTO:
+            find_strategy(self.wish.strategy)  # before anything is fetched
         devices = get_device_manager()
         if machine is None:
             self.device = devices.resolve(self.wish.device, require=self.wish.require)
@@ -141,9 +141,11 @@ class _Forecasting:
             self.device = machine.device
         else:
             raise _another_device(self.wish.device, machine)
-        self.settings: MemorySettings = devices.optimize_memory_settings(self.device)
+        self.settings: MemorySettings = devices.optimize_memory_settings(
+            self.device, compute_dtype=self.wish.compute_dtype
+        )  # fmt: skip
         self.headers = self._headers(configured)
-        self.spec = inspect(self.headers.files, self.headers.remote)
+        self.spec = inspect(self.headers.files, self.headers.remote).leaving_alone(self.wish.left_alone)
         # Of a model without its original weights only their list is here.
         self.file_bytes = self.headers.file_bytes or sum(one.nbytes for one in self.spec.tensors.values())
         self.resident = process_rss() if machine is None and self.device.kind == "cpu" else 0
@@ -243,7 +245,7 @@ class _Forecasting:
             names.append(OWN_FORM)
         if any(self.store.find_light(wish.base_model, wish.revision, name) for name in names):
             return True
-        return not self.headers.remote and self.store.has(self.spec, strategy)
+        return not self.headers.remote and self.store.has(self.spec, kept_name(self.spec, strategy))
 
     def _place(self) -> Path:
         """Return the largest file of the model, to read a little of, or the folder that it would be in."""

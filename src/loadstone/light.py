@@ -19,12 +19,18 @@ OWN_FORM = "own"  # in place of a strategy: what was quantised already, and nobo
 
 def light_files(wish: LoadConfig, store: Store | None) -> ModelFiles | None:
     """Return the files of the wished model, without weights, when these are in the store for the wished strategy."""
-    if store is None or wish.quantization == AUTO:
+    if store is None or wish.strategy == AUTO:
         return None
-    strategy = find_strategy(wish.quantization).name
+    strategy = _name_of(wish)
     names = (strategy,) if wish.says("quantization") else (OWN_FORM, strategy)
     found = next((one for name in names if (one := store.find_light(wish.base_model, wish.revision, name))), None)
     return None if found is None else ModelFiles(found.name, Path(found.folder), (), found.origin, found.revision)
+
+
+def _name_of(wish: LoadConfig) -> str:
+    """Return a name for how a model is to be kept, which another wish for the same has too."""
+    alone = f" but {', '.join(sorted(wish.left_alone))}" if wish.left_alone else ""
+    return f"{find_strategy(wish.strategy).name}{alone}"
 
 
 def lighten(wish: LoadConfig, store: Store | None, files: ModelFiles, spec: ModelSpec, entry: Entry | None) -> int:
@@ -43,7 +49,7 @@ def lighten(wish: LoadConfig, store: Store | None, files: ModelFiles, spec: Mode
         )
     beside = [files.folder / name for name in COMPANIONS if (files.folder / name).is_file()]
     is_own = spec.quantized is not None and not wish.says("quantization")
-    strategy = OWN_FORM if is_own else find_strategy(wish.quantization).name
+    strategy = OWN_FORM if is_own else _name_of(wish)
     store.light.keep(
         (wish.base_model, wish.revision, strategy), spec, beside, entry.manifest.key, entry.manifest.source
     )

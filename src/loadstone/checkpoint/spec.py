@@ -6,8 +6,8 @@ config.json, whatever the format on disk, so nothing above this room knows which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ class ModelSpec:
     frequencies. `sliding_window` is the width in tokens, or None; `windowed_layers` says which layers use it.
     `max_context` is in tokens, after scaling. `tensors` are those that the model uses: a tied lm_head is left
     out. `quantized` is what config.json says of weights that are quantised already. `eos_token_ids` are all the tokens
-    that end an answer.
+    that end an answer. `left_alone` names the matrices that are not to be quantised, whatever the strategy: see
+    `leaving_alone`.
     """
 
     name: str
@@ -97,6 +98,7 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     quantized: Quantized | None = None
+    left_alone: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> int:
@@ -132,6 +134,20 @@ class ModelSpec:
         if name.startswith("lm_head."):
             return "lm_head"
         return "linear" if len(self.tensors[name].shape) == 2 else "norm"
+
+    def leaving_alone(self, modules: Collection[str]) -> ModelSpec:
+        """Return the same model with matrices that are not to be quantised, and those that they are multiplied with.
+
+        A module is named by its whole name, or by any of its dotted parts: `lm_head`, `down_proj`, `model.layers.0`.
+        The head of a model with tied embeddings is its embedding.
+        """
+        found: set[str] = set()
+        for name, tensor in self.tensors.items():
+            is_head = self.tied_embeddings and self.part_of(name) == "embedding"
+            names = (name, "lm_head.weight") if is_head else (name,)
+            if len(tensor.shape) == 2 and any(f".{one}." in f".{own}" for one in modules for own in names):
+                found.update(self.multiplied_with(name))
+        return replace(self, left_alone=frozenset(found)) if modules else self
 
     def multiplied_with(self, name: str) -> tuple[str, ...]:
         """Return the names of the matrices that the same x is multiplied with, `name` among them: q, k and v; gate and

@@ -211,7 +211,7 @@ def _configuration(found: Diagnosis) -> None:
     files = [str(file) for file in manager.files]
     found.facts["configuration"] = {"files": files, "error": None, "model": wish.model_dump()}
     place = ", ".join(files) or "no file: defaults"
-    found.checks.append(Check("configuration", True, f"{place}; {wish.base_model} in {wish.quantization}"))
+    found.checks.append(Check("configuration", True, f"{place}; {wish.base_model} in {wish.strategy}"))
     if wish.offline:
         found.facts["network"]["offline"] = True
         where = manager.origin("model_config.offline")

@@ -53,7 +53,7 @@ def _look(wish: ConfigManager) -> dict[str, Any]:
     from loadstone.checkpoint import inspect, load_chat_template
 
     files = ModelManager(wish).resolve()
-    spec = inspect(files)
+    spec = inspect(files).leaving_alone(wish.config.model.left_alone)
     template = load_chat_template(spec)
     plan, refusal = _plan(wish, spec)
     return {

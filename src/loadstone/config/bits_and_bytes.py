@@ -28,7 +28,9 @@ class BitsAndBytes(Wish):
     bnb_4bit_use_double_quant: bool = Field(default=True, examples=["true"])
     """Whether the blocks' scales are quantised too."""
 
-    bnb_4bit_compute_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(default=None, examples=["bfloat16"])
+    bnb_4bit_compute_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None, examples=["bfloat16"]
+    )
     """The type that products are made in. None by default: what the device is best at."""
 
     bnb_4bit_quant_storage: str = Field(default="uint8", examples=['"uint8"'])
@@ -84,7 +86,7 @@ class BitsAndBytes(Wish):
                 yield f"bnb_4bit_use_double_quant is on: on {kind} scales have 16 bits, which is nearer to the weights"
         if self.load_in_8bit and self.llm_int8_threshold:
             how = "keep 15 bits" if kind == "cpu" else "are rounded with their row"
-            yield f"llm_int8_threshold is {self.llm_int8_threshold:g}: outliers have no path of their own, activations {how}"
+            yield f"llm_int8_threshold is {self.llm_int8_threshold:g}: outliers go as the others, activations {how}"
         if kind == "cpu" and self.bnb_4bit_compute_dtype not in (None, "float32"):
             yield f"bnb_4bit_compute_dtype {self.bnb_4bit_compute_dtype} was asked for: on cpu products are float32"
         if self.bnb_4bit_quant_storage != "uint8":

@@ -194,7 +194,7 @@ def _build(entries: Mapping[str, Entry]) -> LoadstoneConfig:
             sections[attribute] = wish(**{key: entry.value for key, entry in said.items()})
         except ConfigurationError as error:
             key = error.key or ""
-            entry = said[key]
+            entry = said[key.partition(".")[0]]
             place = "" if entry.file else f"{entry.origin}: "
             raise ConfigurationError(
                 f"{place}{name}.{error.message}",

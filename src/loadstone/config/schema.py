@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from loadstone.units import parse_duration, parse_size
 
+from .bits_and_bytes import BitsAndBytes, bits_and_bytes
 from .generation import GenerationConfig
 from .wish import Wish, show
 
@@ -49,11 +50,11 @@ class LoadConfig(Wish):
     `20GB` (10⁹) or `20GiB` (2³⁰). None by default: what the device really has free, container limits
     included."""
 
-    quantization: str = Field(default="4bit", examples=['"4bit"'])
-    """How weights are kept: `none`, `8bit`, `4bit` (also `nf4`), `int4`, `auto`, or a plug-in's name; empty
-    is `none`. `4bit` by default: a quarter of the memory, and so about four times the speed, for little loss. A
-    checkpoint that is quantised already keeps its own form unless this is set; any form of 4 bits is `4bit`, and
-    only NF4 is `nf4`."""
+    quantization: str | BitsAndBytes = Field(default="4bit", examples=['"4bit"'])
+    """How weights are kept: `none`, `8bit`, `4bit` (also `nf4`), `int4`, `auto`, or a plug-in's name; empty is `none`.
+    Also a mapping with the fields of transformers' BitsAndBytesConfig, or one itself. `4bit` by default: a quarter of
+    the memory, and so about four times the speed, for little loss. A checkpoint that is quantised already keeps its
+    own form unless this is set; any form of 4 bits is `4bit`, and only NF4 is `nf4`."""
 
     context: Annotated[int, Field(ge=1, le=2**31)] | Literal["auto"] | None = Field(default=None, examples=["32k"])
     """The most tokens that one conversation may have, prompt and answer; `32k` is 32 × 1024, and `auto` as long as
@@ -117,7 +118,7 @@ class LoadConfig(Wish):
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
-            return value
+            return value if isinstance(value, BitsAndBytes) else bits_and_bytes(value)
         name = value.strip().lower()
         if not _STRATEGY.fullmatch(name):
             raise ValueError(f"{show(value)} is not the name of a strategy; write none, 8bit, 4bit, int4 or auto")
@@ -126,6 +127,21 @@ class LoadConfig(Wish):
         if name.lstrip("-").isdigit():
             raise ValueError(f"{show(value)}: weights are kept in 4 or 8 bits; write 4bit, 8bit or none")
         return name
+
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy that `quantization` means, or `auto`."""
+        return self.quantization if isinstance(self.quantization, str) else self.quantization.strategy
+
+    @property
+    def left_alone(self) -> tuple[str, ...]:
+        """The modules that are not to be quantised."""
+        return () if isinstance(self.quantization, str) else self.quantization.llm_int8_skip_modules
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """The type that products are to be made in, where somebody says."""
+        return None if isinstance(self.quantization, str) else self.quantization.bnb_4bit_compute_dtype
 
     @field_validator("context", mode="before")
     @classmethod

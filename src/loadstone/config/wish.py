@@ -79,7 +79,9 @@ def _translate(wish: type[Wish], detail: ErrorDetails) -> ConfigurationError:
     context: dict[str, Any] = detail.get("ctx") or {}
     inner = context.get("error")
     if isinstance(inner, ConfigurationError):  # a wish within this one has already said it
-        return ConfigurationError(inner.message, key=f"{key}.{inner.key}", hint=inner.hint)
+        return ConfigurationError(
+            f"{key}: {inner.message}", key=f"{key}.{inner.key or ''}".rstrip("."), hint=inner.hint
+        )
     if detail["type"] == "extra_forbidden":
         return unknown_key(key, list(wish.model_fields))
     label = key + "".join(f"[{part}]" for part in where[1:])
@@ -89,7 +91,7 @@ def _translate(wish: type[Wish], detail: ErrorDetails) -> ConfigurationError:
 def _sentence(label: str, detail: ErrorDetails, context: dict[str, Any]) -> str:
     kind = detail["type"]
     if kind == "value_error":
-        text = f"{label}: {context['error']}"
+        text = f"{label}: {context['error']}" if label else str(context["error"])
     elif kind in _KINDS:
         text = f"{label} must be {_KINDS[kind]}, not {show(detail['input'])}"
     else:

@@ -5,6 +5,7 @@ Knows sizes of a model, not its files: anything with the attributes of `ModelSha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -128,10 +129,23 @@ def _driver(device: Device) -> Check:
     return Check("driver", False, f"{device.torch_name} shows no memory", "Reinstall or update its driver.")
 
 
-def best_settings(device: Device) -> MemorySettings:
-    """Return how `device` is best used, with the reason for each choice."""
+def best_settings(device: Device, compute_dtype: str | None = None) -> MemorySettings:
+    """Return how `device` is best used, with the reason for each choice.
+
+    `compute_dtype` is what somebody asked for; a GPU without bfloat16 makes products in float16 all the same.
+    """
     if device.kind == "cpu":
         return _cpu_settings(device)
+    best = _gpu_settings(device)
+    if compute_dtype in (None, best.compute_dtype):
+        return best
+    if compute_dtype == "bfloat16" and "bfloat16" not in device.capabilities:
+        return replace(best, reasons=(f"bfloat16 was asked for: {best.reasons[0]}", *best.reasons[1:]))
+    reasons = (f"{compute_dtype}: as asked", *best.reasons[1:])
+    return replace(best, compute_dtype=compute_dtype, cache_dtype=compute_dtype, reasons=reasons)
+
+
+def _gpu_settings(device: Device) -> MemorySettings:
     if device.kind == "mps":
         reasons = (
             "float16: the type that Apple's GPUs multiply fastest on every generation",

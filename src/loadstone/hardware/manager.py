@@ -95,9 +95,14 @@ class DeviceManager:
         """Return whether `device` (the optimal one when None) can run the model, with remedies."""
         return check_compatibility(spec, self.detect_optimal_device() if device is None else device)
 
-    def optimize_memory_settings(self, device: Device | None = None) -> MemorySettings:
-        """Return how `device` (the optimal one when None) is best used, with the reason for each choice."""
-        return best_settings(self.detect_optimal_device() if device is None else device)
+    def optimize_memory_settings(
+        self, device: Device | None = None, *, compute_dtype: str | None = None
+    ) -> MemorySettings:
+        """Return how `device` (the optimal one when None) is best used, with the reason for each choice.
+
+        `compute_dtype` is the type that products are to be made in, where the device can do that.
+        """
+        return best_settings(self.detect_optimal_device() if device is None else device, compute_dtype)
 
     def _probes(self) -> dict[str, Probe]:
         return known_probes() if self._given is None else self._given

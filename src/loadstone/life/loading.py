@@ -25,6 +25,7 @@ from loadstone.loaded import LoadedModel, PreparedModel
 from loadstone.memory import forget_frames, give_back
 from loadstone.planner import Below, Plan, plan, runtime_bytes
 from loadstone.planner.accuracy import add_record, allowance_of, kind_of, read_records, record_of
+from loadstone.planner.own import kept_name
 from loadstone.planner.runtime import LIBRARIES, REST
 from loadstone.quantization import AUTO, find_strategy
 from loadstone.sources import ModelFiles, resolve
@@ -145,7 +146,7 @@ class Loading:
             found["bytes"] = _bytes_of(files)
         prepare_tokenizers()
         with self._phase("inspect", phases), importing_torch() as torch_is_there:
-            spec = inspect(files)
+            spec = inspect(files).leaving_alone(self.config.config.model.left_alone)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
             torch_is_there()
         with self._phase("plan", phases):
@@ -172,7 +173,7 @@ class Loading:
     def plan(self, spec: ModelSpec | None = None) -> Plan:
         """Return how the model would be loaded here, in the place of one that is there already."""
         with importing_torch() as torch_is_there:  # looking for a GPU takes it, and its memory counts
-            spec = spec or inspect(self.resolve())
+            spec = (spec or inspect(self.resolve())).leaving_alone(self.config.config.model.left_alone)
             torch_is_there()
         return self._plan(spec, is_ready=self._ground.settled > 0)  # who has loaded before has all but the model
 
@@ -180,7 +181,7 @@ class Loading:
         """Return the plan; `is_ready` says that torch and the tokenizer are there, `below` what was too much."""
         wish, store = self.config.config.model, self.store()
         device = self._devices.resolve(wish.device, require=wish.require)
-        settings = self._devices.optimize_memory_settings(device)
+        settings = self._devices.optimize_memory_settings(device, compute_dtype=wish.compute_dtype)
         has_kernels = True
         if is_ready and device.kind == "cpu":
             from loadstone.quantization.kernels.cpu import cpu_kernels
@@ -198,7 +199,7 @@ class Loading:
             resident = ground.held
 
         def is_kept(strategy: str) -> bool:
-            return store is not None and store.has(spec, strategy)
+            return store is not None and store.has(spec, kept_name(spec, strategy))
 
         return plan(
             wish, spec, device, settings,
@@ -213,8 +214,8 @@ class Loading:
         """Refuse, before anything is fetched, what no model's files could make right."""
         wish = self.config.config.model
         with self._naming("model_config.quantization"):
-            if wish.quantization != AUTO:
-                find_strategy(wish.quantization)
+            if wish.strategy != AUTO:
+                find_strategy(wish.strategy)
         if wish.device != AUTO or wish.require:  # auto is always right, and looking for a GPU takes torch
             with self._naming("model_config.device" if wish.require is None else "model_config.require"):
                 self._devices.resolve(wish.device, require=wish.require)

@@ -19,6 +19,7 @@ from loadstone.checkpoint.spec import ModelSpec
 from loadstone.memory import give_back
 from loadstone.planner import Plan
 from loadstone.planner.estimate import RARELY_USED_BYTES
+from loadstone.planner.own import kept_name, strategy_of
 from loadstone.quantization import find_strategy
 from loadstone.store import Attached, Draft, Entry, Kind, Look, Manifest, Store, StoreUnavailableError, boot_id
 from loadstone.telemetry import Progress, emit
@@ -171,7 +172,7 @@ class Keeping:
         spec = self.spec
         return Manifest(
             key=self.kind.key(digests), kind=self.kind.id, name=spec.name, origin=spec.origin, revision=spec.revision,
-            strategy=self.plan.strategy, layout=str(self.kind.facts["layout"]), made=time.time(),
+            strategy=kept_name(spec, self.plan.strategy), layout=str(self.kind.facts["layout"]), made=time.time(),
             source_bytes=sum(tensor.nbytes for tensor in spec.tensors.values()), weights_bytes=0,
             source=dict(digests), tensors={}, parts=dict(about), boot=boot_id(),
             versions={"loadstone": __version__, "torch": torch.__version__},
@@ -193,7 +194,8 @@ class Keeping:
         if part.kind == VECTOR:
             return tensors[part.name]
         own = {name.removeprefix(f"{part.name}:"): tensors[name] for name in about["tensors"]}
-        return self.strategy.restore(part.kind, own, about["facts"], getattr(torch, self.plan.settings.compute_dtype))
+        keeper = strategy_of(self.spec, self.strategy, part.tensors[0])
+        return keeper.restore(part.kind, own, about["facts"], getattr(torch, self.plan.settings.compute_dtype))
 
 
 def kind_of(plan: Plan, spec: ModelSpec) -> Kind:
@@ -205,6 +207,7 @@ def kind_of(plan: Plan, spec: ModelSpec) -> Kind:
     return Kind({
         "parts": [[part.name, part.kind, *part.tensors] for part in parts_of(spec)],
         "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in spec.tensors.items()},
+        **({"left_alone": sorted(spec.left_alone)} if spec.left_alone else {}),
         **({} if spec.quantized is None else {"codings": _codings(spec)}),
         "order": list(order),
         "strategy": plan.strategy,

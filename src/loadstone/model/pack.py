@@ -17,12 +17,12 @@ from loadstone.checkpoint import Weights
 from loadstone.checkpoint.digests import TensorDigests
 from loadstone.checkpoint.disk import Buffer
 from loadstone.checkpoint.pieces import Piece
-from loadstone.checkpoint.spec import ModelSpec
+from loadstone.checkpoint.spec import ModelSpec, TensorInfo
 from loadstone.checkpoint.weights import float_types
 from loadstone.checkpoint.workers import in_threads, own_stream
 from loadstone.memory import exact_allocation
 from loadstone.planner import Plan
-from loadstone.planner.own import kind_of, own_strategy
+from loadstone.planner.own import kind_of, own_strategy, strategy_of
 from loadstone.quantization import find_strategy
 from loadstone.quantization.base import Packing
 from loadstone.quantization.kernels.openmp import compute_alone
@@ -107,8 +107,8 @@ class _Packer:
         rows = sum(tensor.shape[0] for tensor in tensors)
         if part.kind == VECTOR:
             return VectorPacking(rows, self.device, self.dtype)
-        source = reduce(torch.promote_types, [self._type(tensor.dtype) for tensor in tensors])
-        return self.strategy.packing(
+        source = reduce(torch.promote_types, map(self._type, tensors))
+        return strategy_of(self.spec, self.strategy, part.tensors[0]).packing(
             kind_of(self.spec, self.strategy, part.tensors[0]), rows, tensors[0].shape[1],
             source=source, device=self.device, dtype=self.dtype,
         )  # fmt: skip
@@ -118,7 +118,7 @@ class _Packer:
         raw = self.weights.read(piece, buffer)
         is_last_of_tensor = self.digests.add(piece, raw)
         if piece.tensor.coding is None or isinstance(making.packing, VectorPacking):
-            making.packing.add(row, self.weights.numbers(piece, raw).to(self._type(piece.tensor.dtype)))
+            making.packing.add(row, self.weights.numbers(piece, raw).to(self._type(piece.tensor)))
         else:
             for first, rows in self.weights.coded(piece, raw):
                 making.packing.add_coded(row + first, rows)
@@ -134,10 +134,11 @@ class _Packer:
         tensors = [made] if isinstance(made, torch.Tensor) else list(made.tensors().values())
         self.take(making.part, made, all(map(_is_finite, tensors)))
 
-    def _type(self, stored: str) -> torch.dtype:
+    def _type(self, tensor: TensorInfo) -> torch.dtype:
         """Return the type that numbers of a type on disk are packed from."""
-        packed = _PACKED_KEPT_AS if self.strategy.name == "none" else torch.float32
-        return float_types().get(stored, packed)
+        keeper = strategy_of(self.spec, self.strategy, tensor.name)
+        packed = _PACKED_KEPT_AS if keeper.name == "none" else torch.float32
+        return float_types().get(tensor.dtype, packed)
 
 
 def warn_of_numbers(part: Part) -> None:

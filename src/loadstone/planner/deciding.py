@@ -90,14 +90,14 @@ class Deciding:
         wish = self.wish
         if strategy is not None:
             return strategy, "as asked"
-        if wish.quantization == AUTO:
+        if wish.strategy == AUTO:
             return None, ""
-        asked, quantized = find_strategy(wish.quantization).name, self.spec.quantized
+        asked, quantized = find_strategy(wish.strategy).name, self.spec.quantized
         if quantized is None or self.own is None:
             return asked, "as asked"
         if not wish.says("quantization"):
             return None, ""
-        if asked == self.own or (wish.quantization == "4bit" and quantized.bits == 4 and self.own != NEAREST):
+        if asked == self.own or (wish.strategy == "4bit" and quantized.bits == 4 and self.own != NEAREST):
             return self.own, f"as asked, the form of the checkpoint ({quantized.summary})"
         return asked, f"as asked; the checkpoint has {quantized.summary}, and another form is no better than that"
 
@@ -231,9 +231,21 @@ class Deciding:
             load_peak_bytes=estimate.load_peak_bytes,
             steady_bytes=estimate.steady_bytes,
             allowed_bytes=self.allowed,
-            reasons=(device, *reasons, allowed, *self.settings.reasons),
+            reasons=(device, *reasons, *self._differences(), allowed, *self.settings.reasons),
             forced=forced,
         )
+
+    def _differences(self) -> Iterator[str]:
+        """Yield what is done otherwise than a mapping of quantization asks for, and what is left alone."""
+        asked = self.wish.quantization
+        if isinstance(asked, str):
+            return
+        yield from asked.differences(self.device.kind)
+        for module in asked.llm_int8_skip_modules:
+            if not self.spec.leaving_alone([module]).left_alone:
+                yield f"llm_int8_skip_modules: {module!r} is no matrix of this model"
+        if self.spec.left_alone:
+            yield f"{len(self.spec.left_alone)} matrices are left as they are (llm_int8_skip_modules)"
 
     def _context_reason(self, context: int) -> str:
         if isinstance(self.wish.context, int):

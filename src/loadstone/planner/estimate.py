@@ -18,7 +18,7 @@ from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
 from loadstone.quantization.kernels.words import KV_BLOCK
 
-from .own import kind_of
+from .own import kind_of, strategy_of
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec, TensorInfo
@@ -92,7 +92,8 @@ def estimate_weights(spec: ModelSpec, strategy: Strategy, settings: MemorySettin
             rows, columns = tensor.shape
             number = _bytes_unquantised(spec, tensor) if device_kind == "cpu" else compute
             kind = kind_of(spec, strategy, name)
-            parts[part] += strategy.weight_bytes(kind, rows, columns, dtype_bytes=number)
+            keeper = strategy_of(spec, strategy, name)
+            parts[part] += keeper.weight_bytes(kind, rows, columns, dtype_bytes=number)
         else:
             parts["norm"] += tensor.elements * compute
     return parts

@@ -1,7 +1,11 @@
-"""Checkpoints that are quantised already: in which form they are kept as they are. Arithmetic alone: no torch."""
+"""How each matrix is kept: checkpoints that are quantised already as they are, and what is to be left alone as it is.
+
+Arithmetic alone: no torch.
+"""
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from loadstone.quantization import find_strategy
@@ -27,6 +31,19 @@ def own_strategy(spec: ModelSpec) -> str | None:
 
     best = max(LADDER, key=kept)
     return best if kept(best) else NEAREST
+
+
+def strategy_of(spec: ModelSpec, strategy: Strategy, name: str) -> Strategy:
+    """Return what keeps the matrix called `name`: the plan's strategy, or none for one that is left alone."""
+    return find_strategy("none") if name in spec.left_alone else strategy
+
+
+def kept_name(spec: ModelSpec, strategy: str) -> str:
+    """Return a name for how the whole model is kept: the strategy's, and a mark where matrices are left alone."""
+    if not spec.left_alone:
+        return strategy
+    mark = sha256("\0".join(sorted(spec.left_alone)).encode()).hexdigest()[:6]
+    return f"{strategy}, {len(spec.left_alone)} matrices left alone ({mark})"
 
 
 def kind_of(spec: ModelSpec, strategy: Strategy, name: str) -> str:

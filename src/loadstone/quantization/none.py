@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .base import Packed, Packing
+from .base import Facts, Packed, Packing
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,12 @@ class NoQuantization(Packed):
 
         kept = source if device.type == "cpu" else dtype
         return _Stacking(torch.empty(rows, columns, dtype=kept, device=device), dtype)
+
+    def restore(self, part: str, tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:
+        """Return a weight that another strategy left alone, and kept beside its own."""
+        from .linear import DenseLinear
+
+        return DenseLinear(tensors["weight"], dtype)
 
 
 class _Stacking(Packing):
