@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-# What tests keep on disk is theirs, in every process that they start, and goes with them.
-_home = tempfile.TemporaryDirectory(prefix="loadstone-tests-")
-os.environ["LOADSTONE_HOME"] = _home.name
+# What tests keep on disk is theirs, in every process that they start, and goes with them; workers of a run share it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _home = tempfile.TemporaryDirectory(prefix="loadstone-tests-")
+    os.environ["LOADSTONE_HOME"] = _home.name
+KERNELS = Path(os.environ["LOADSTONE_HOME"], "cache", "kernels")
 
 if TYPE_CHECKING:
     from loadstone import Event, ModelManager
@@ -24,6 +26,19 @@ def quick_collection() -> None:
     """Leave what is there out of later collections: loads and unloads collect, and libraries have many objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def new_home() -> Callable[[Path], Path]:
+    """Makes a home that is empty but for the compiled kernels, which all processes of the tests share."""
+
+    def make(home: Path) -> Path:
+        KERNELS.mkdir(parents=True, exist_ok=True)
+        (home / "cache").mkdir(parents=True)
+        (home / "cache" / "kernels").symlink_to(KERNELS, target_is_directory=True)
+        return home
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -47,14 +47,14 @@ PATIENCE = 60  # seconds, after which a test fails instead of waiting on
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_home: Callable[[Path], Path]) -> Path:
     """An empty working directory and home, no LOADSTONE_ variables, and no manager of this process yet."""
     for name in os.environ:
         if name.startswith("LOADSTONE_"):
             monkeypatch.delenv(name)
     folder = tmp_path / "here"
     folder.mkdir()
-    monkeypatch.setenv("LOADSTONE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LOADSTONE_HOME", str(new_home(tmp_path / "home")))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(loadstone.manager, "_one", [])
     return folder

@@ -15,6 +15,7 @@ import torch
 
 from loadstone import CheckpointError, ModelManager
 from loadstone.startup import importing_torch, in_background, uncollected
+from small_model import write_small_model
 
 # What this package can do without for a model in a folder, and what torch brings only for those who compile.
 NOT_NEEDED = {
@@ -22,14 +23,16 @@ NOT_NEEDED = {
     "torch._dynamo", "torch._inductor",
 }  # fmt: skip
 
-ANSWER = """
+ANSWERS = """
 import sys
 from loadstone import ModelManager
-with ModelManager({"model_config": {"base_model": sys.argv[1], "quantization": sys.argv[2]}}) as manager:
-    manager.load()
-    manager.generate("Hi", max_new_tokens=2)
-    print(*sys.modules)
+for strategy in sys.argv[2:]:
+    with ModelManager({"model_config": {"base_model": sys.argv[1], "quantization": strategy}}) as manager:
+        manager.load()
+        manager.generate("Hi", max_new_tokens=2)
+        print(*sys.modules)
 """
+STRATEGIES = ["none", "8bit", "4bit"]
 
 LOAD = """
 import sys
@@ -54,10 +57,18 @@ def _helpers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("loadstone-startup")]
 
 
-@pytest.mark.parametrize("strategy", ["none", "8bit", "4bit"])
-def test_an_answer_from_a_folder_needs_few_libraries(small_model: Path, strategy: str) -> None:
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What one process has imported after an answer with each strategy."""
+    folder = write_small_model(tmp_path_factory.mktemp("libraries") / "small-model")
+    said = _python(ANSWERS, str(folder), *STRATEGIES).splitlines()
+    return {strategy: set(line.split()) for strategy, line in zip(STRATEGIES, said, strict=True)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_answer_from_a_folder_needs_few_libraries(libraries: dict[str, set[str]], strategy: str) -> None:
     """From start to first token nothing is imported for GPUs, for hubs, or for compiling models."""
-    loaded = set(_python(ANSWER, str(small_model), strategy).split())
+    loaded = libraries[strategy]
     assert not loaded & NOT_NEEDED
     assert "torch" in loaded
 

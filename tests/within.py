@@ -20,12 +20,25 @@ PATIENCE_S = 240
 
 
 def run_within(limit: int, script: Path, task: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Run a script with a task as JSON in a process that may have `limit` bytes; return how it ended."""
-    with _limited(limit) as enter:
+    """Run a script with a task as JSON in a process that may have `limit` bytes; return how it ended.
+
+    Workers of a test run do so one after the other.
+    """
+    with _in_turn(), _limited(limit) as enter:
         return subprocess.run(
             [sys.executable, str(script), json.dumps(task)], capture_output=True, text=True, check=False,
             timeout=PATIENCE_S, preexec_fn=enter,
         )  # fmt: skip
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """Hold a lock that all workers of a run share."""
+    import fcntl
+
+    with Path(os.environ["LOADSTONE_HOME"], "within.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

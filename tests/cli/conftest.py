@@ -30,9 +30,9 @@ class Ended:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One home for all tests here: it keeps the compiled kernels, and nobody's configuration."""
-    return tmp_path_factory.mktemp("home")
+def home(tmp_path_factory: pytest.TempPathFactory, new_home: Callable[[Path], Path]) -> Path:
+    """One home for all tests here, with nobody's configuration."""
+    return new_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(autouse=True)

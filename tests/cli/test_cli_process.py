@@ -164,7 +164,7 @@ def test_a_chat_at_a_terminal_greets_shows_progress_and_outlives_ctrl_c(start, s
 def test_reading_a_long_prompt_is_shown_at_a_terminal(start, screen, command):
     """How far it is, and then the answer on a line that was cleared."""
     view, terminal = screen
-    prompt = "Tell me about coal, oil and gas. " * 160
+    prompt = "Tell me about coal, oil and gas. " * 110  # more than two chunks
     process = start(
         command, "smollm2", "--max-new-tokens", "4", stdin=subprocess.PIPE, stdout=terminal, stderr=terminal,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},

@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.quantized_checkpoints import FORMATS, quantize_folder
@@ -16,6 +18,8 @@ from loadstone import ModelManager
 from loadstone.errors import ModelLoadError
 from loadstone.store import Store
 from loadstone.store.known import FileState
+from small_model import GENERATION, write_small_model
+from warm import command
 
 
 @pytest.fixture
@@ -71,17 +75,15 @@ def test_pull_of_the_bundled_model_in_8_bits(cli, store_folder):
     assert json.loads(cli("info", "smollm2", "--json").out)["store"] == {"keeps": True, "entry": None}
 
 
-def test_pull_fetches_from_a_hub_and_counts_the_bytes(start, store_folder, small_model, here):
+def test_pull_fetches_from_a_hub_and_counts_the_bytes(store_folder, small_model, here):
     """What came over the line is told; the second time nothing comes, and the Hub need not be there."""
     files = {file.name: file.read_bytes() for file in small_model.iterdir()}
     with FakeHub(files) as hub:
-        env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(here / "hub")}
-        first = start("pull", "org/model", "--json", env=env)
-        out, err = first.communicate(timeout=120)
-        assert first.returncode == 0, err
-    second = start("pull", "org/model", "--offline", "--json", env=env)
-    again, _ = second.communicate(timeout=120)
-    told, later = json.loads(out), json.loads(again)
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(here / "hub")}
+        first = command("pull", "org/model", "--json", folder=here, environment=environment)
+        assert first.code == 0, first.err
+    second = command("pull", "org/model", "--offline", "--json", folder=here, environment=environment)
+    told, later = json.loads(first.out), json.loads(second.out)
     assert told["fetched_bytes"] == sum(map(len, files.values()))
     assert (told["model"], told["revision"], told["made"]) == ("org/model", hub.commit, True)
     assert (later["fetched_bytes"], later["made"], later["entry"]) == (0, False, told["entry"])
@@ -230,77 +232,124 @@ def test_pull_shows_progress_at_a_terminal(start, store_folder):
 
 
 class AtHub:
-    """Commands in processes of their own, with a Hub that has the small model."""
+    """Commands in processes of their own, with a Hub that has the small model and a store of their own."""
 
-    def __init__(self, start, hub: FakeHub, cache: Path) -> None:
-        self.start, self.hub, self.cache = start, hub, cache
-        self.env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache)}
+    def __init__(self, home: Path, hub: FakeHub, folder: Path) -> None:
+        self.hub, self.store = hub, Store(folder / "store")
+        self._folder, self._cache = folder, folder / "hub"
+        ours = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(self._cache)}
+        ours |= {"LOADSTONE_STORE__FOLDER": str(self.store.folder), "LOADSTONE_HOME": str(home), "HOME": str(home)}
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("LOADSTONE_", "HF_"))}
+        self._environment = {**others, **ours}
 
-    def run(self, *arguments: str) -> dict[str, object]:
-        process = self.start(*arguments, "--json", env=self.env)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        return json.loads(out.splitlines()[-1])
+    def run(self, *arguments: str) -> dict[str, Any]:
+        ended = command(*arguments, "--json", folder=self._folder, environment=self._environment)
+        assert ended.code == 0, ended.err
+        said: dict[str, Any] = json.loads(ended.out.splitlines()[-1])
+        return said
 
-    def weights(self) -> list[Path]:
-        return [*self.cache.rglob("*.safetensors")]
+    def pull(self) -> dict[str, Any]:
+        return self.run("pull", "org/model", "--quantize-only")
 
-    def answer(self, *arguments: str) -> object:
+    def answer(self, *arguments: str) -> str:
         said = self.run("run", "org/model", "Hello", "--max-new-tokens", "6", "--temperature", "0", *arguments)
-        return said["text"]
+        return str(said["text"])
+
+    def lose_all_weights(self) -> None:
+        for entry in self.store.entries():
+            assert self.store.remove(entry)
+        for file in self._cache.rglob("*.safetensors"):
+            file.resolve().unlink()
+            file.unlink()
+
+    @property
+    def originals(self) -> int:
+        """How many files of weights are in the Hub's cache."""
+        return len([*self._cache.rglob("*.safetensors")])
+
+    @property
+    def fetches(self) -> int:
+        """How often the Hub was asked for weights."""
+        return len(self.hub.asked_for("model.safetensors"))
+
+
+@dataclass(frozen=True)
+class Journey:
+    """What was seen of a model: quantised only, then in another quantization, then without any weights here."""
+
+    weights: int
+    commit: str
+    wanted: str
+    first: dict[str, Any]
+    originals: int
+    fetches: int
+    answer: str
+    info: dict[str, Any]
+    fetches_later: int
+    second: dict[str, Any]
+    originals_with_another: int
+    answer_without_entry: str
+    originals_without_entry: int
+
+
+@pytest.fixture(scope="module")
+def journey(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Journey:
+    folder = tmp_path_factory.mktemp("journey")
+    model = write_small_model(folder / "small-model", **GENERATION)
+    with FakeHub({file.name: file.read_bytes() for file in model.iterdir()}) as hub:
+        at_hub = AtHub(home, hub, folder)
+        seen: dict[str, Any] = {"weights": (model / "model.safetensors").stat().st_size, "commit": hub.commit}
+        seen |= {"wanted": at_hub.answer(), "first": at_hub.pull()}
+        seen |= {"originals": at_hub.originals, "fetches": at_hub.fetches}
+        seen |= {"answer": at_hub.answer(), "info": at_hub.run("info", "org/model"), "fetches_later": at_hub.fetches}
+        seen["second"] = at_hub.pull()
+        at_hub.answer("--quantization", "8bit")
+        seen["originals_with_another"] = at_hub.originals
+        at_hub.lose_all_weights()
+        seen |= {"answer_without_entry": at_hub.answer(), "originals_without_entry": at_hub.originals}
+        return Journey(**seen)
+
+
+def test_quantize_only_keeps_no_original(journey):
+    """The weights leave the Hub's cache; a second time there is nothing to free."""
+    assert journey.first["freed_bytes"] == journey.weights
+    assert journey.originals == 0
+    assert journey.second["freed_bytes"] == 0
 
 
 @pytest.fixture
-def at_hub(start, store_folder, small_model, here):
-    with FakeHub({file.name: file.read_bytes() for file in small_model.iterdir()}) as hub:
-        yield AtHub(start, hub, here / "hub")
-
-
-def test_quantize_only_keeps_no_original_and_answers_the_same(at_hub, small_model):
-    """The weights leave the Hub's cache, the model is loaded under its name, and the network is not asked for them."""
-    wanted = at_hub.answer()
-    said = at_hub.run("pull", "org/model", "--quantize-only")
-    assert said["freed_bytes"] == (small_model / "model.safetensors").stat().st_size
-    assert at_hub.weights() == []
-    asked = len(at_hub.hub.asked_for("model.safetensors"))
-    assert at_hub.answer() == wanted
-    assert at_hub.run("info", "org/model")["revision"] == at_hub.hub.commit
-    assert len(at_hub.hub.asked_for("model.safetensors")) == asked
-    assert at_hub.run("pull", "org/model", "--quantize-only")["freed_bytes"] == 0
-
-
-@pytest.fixture
-def fp8_at_hub(start, store_folder, small_model, here):
+def fp8_at_hub(home, small_model, here):
     """A model that is quantised already, in a form that has to be made into another one."""
     quantize_folder(small_model, small_model, FORMATS["FP8, blocks of 128 × 128"]())
     with FakeHub({file.name: file.read_bytes() for file in small_model.iterdir()}) as hub:
-        yield AtHub(start, hub, here / "hub")
+        yield AtHub(home, hub, here)
 
 
 def test_quantize_only_keeps_a_checkpoint_that_was_quantised_already_in_its_own_form(fp8_at_hub):
     """Without the original weights it is still known as what it was."""
-    assert fp8_at_hub.run("pull", "org/model", "--quantize-only")["strategy"] == "8bit"
-    assert fp8_at_hub.weights() == []
+    assert fp8_at_hub.pull()["strategy"] == "8bit"
+    assert fp8_at_hub.originals == 0
     assert fp8_at_hub.answer()
-    assert fp8_at_hub.weights() == []
+    assert fp8_at_hub.originals == 0
     about = fp8_at_hub.run("plan", "org/model")
     assert about["quantized"]["summary"].startswith("FP8")
     assert [row["strategy"] for row in about["strategies"] if row["in_store"]] == ["8bit"]
 
 
-def test_another_quantization_fetches_the_original_again(at_hub, small_model):
-    at_hub.run("pull", "org/model", "--quantize-only")
-    at_hub.answer("--quantization", "8bit")
-    assert len(at_hub.weights()) == 1
+def test_a_quantised_only_model_answers_the_same(journey):
+    """It is loaded under its name, and the network is not asked for its weights."""
+    assert journey.answer == journey.wanted
+    assert journey.info["revision"] == journey.commit
+    assert journey.fetches_later == journey.fetches
 
 
-def test_a_quantised_only_model_whose_entry_is_gone_is_fetched_again(at_hub, store_folder):
-    wanted = at_hub.answer()
-    at_hub.run("pull", "org/model", "--quantize-only")
-    (entry,) = Store(store_folder).entries()
-    assert Store(store_folder).remove(entry)
-    assert at_hub.answer() == wanted
-    assert len(at_hub.weights()) == 1
+def test_another_quantization_fetches_the_original_again(journey):
+    assert journey.originals_with_another == 1
+
+
+def test_a_quantised_only_model_whose_entry_is_gone_is_fetched_again(journey):
+    assert journey.answer_without_entry == journey.wanted
+    assert journey.originals_without_entry == 1
 
 
 def test_quantize_only_removes_nothing_of_the_users_own(cli, store_folder, small_model):

@@ -1,23 +1,14 @@
-"""Loads of a checkpoint through a store, in this process or in one of its own; both answer with their logits' digest.
-
-    python loads.py FOLDER STORE STRATEGY [CALL COUNT]
-
-loads in a process of its own, which kills itself (SIGKILL) at the COUNT-th call of os.CALL.
-"""
+"""Loads of a checkpoint through a store, here or in a process of its own; both answer with their logits' digest."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 
 import torch
 
@@ -29,6 +20,7 @@ from loadstone.model import Decoder, build
 from loadstone.planner import plan
 from loadstone.sources import resolve
 from loadstone.store import Store
+from warm import PROCESSES
 
 CPU = Device("cpu", None, "a processor", 64 << 30, 64 << 30, 2)
 SETTINGS = MemorySettings("float32", "float32", 512, 0)
@@ -49,10 +41,36 @@ def answer(decoder: Decoder) -> str:
     return digest(decoder.logits(IDS).contiguous().view(torch.uint8).numpy())
 
 
-def start(folder: Path, store: Path, strategy: str = "4bit", *kill: object) -> subprocess.Popen[str]:
-    """Start a load in a process of its own."""
-    command = [sys.executable, __file__, str(folder), str(store), strategy, *map(str, kill)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Started:
+    """A load in a process of its own, killed (SIGKILL) at the `count`-th call of os.`call` where they are given.
+
+    The process is there when this is; it ends with the load.
+    """
+
+    def __init__(self, folder: Path, store: Path, call: str | None = None, count: int = 0) -> None:
+        self._answer, theirs = PROCESSES.Pipe(duplex=False)
+        self._process = PROCESSES.Process(target=_load_and_tell, args=(theirs, folder, store, call, count))
+        self._process.start()
+        theirs.close()
+
+    def answer(self, patience: float) -> str:
+        """Return what it answers, or raise EOFError when it ends without."""
+        assert self._answer.poll(patience), f"nothing came within {patience} s"
+        said: str = self._answer.recv()
+        return said
+
+    def end(self, patience: float) -> int | None:
+        """Return its exit code, which is the negative number of the signal that ended it."""
+        self._process.join(patience)
+        code: int | None = self._process.exitcode
+        return code
+
+
+def _load_and_tell(answers: Connection, folder: Path, store: Path, call: str | None, count: int) -> None:
+    torch.set_num_threads(1)
+    if call is not None:
+        kill_at(call, count)
+    answers.send(answer(load(folder, Store(store))))
 
 
 def kill_at(call: str, count: int) -> None:
@@ -72,11 +90,3 @@ def kill_at(call: str, count: int) -> None:
         return original(*arguments, **named)
 
     setattr(os, call, counted)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    given = sys.argv[1:]
-    if len(given) > 3:
-        kill_at(given[3], int(given[4]))
-    print(answer(load(Path(given[0]), Store(Path(given[1])), given[2])))
