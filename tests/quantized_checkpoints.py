@@ -185,12 +185,11 @@ def gptq(
     *, bits: int = 4, group: int = 128, is_symmetric: bool = True, act_order: bool = False, version: int = 1
 ) -> Format:
     """GPTQ's codes, whose rounding to the next is left out: how they are chosen is not how they are kept."""
-    shuffled = torch.Generator().manual_seed(5)
 
     def write(weight: torch.Tensor) -> Written:
         groups = side_by_side(weight.shape[1], group)
         if act_order:
-            groups = groups[torch.randperm(len(groups), generator=shuffled)]
+            groups = sorted_by_size(groups)
         codes, scales, zeros = rounded(weight, groups, bits, is_symmetric=is_symmetric)
         tensors = {
             "qweight": down_words(codes, bits), "qzeros": across_words(zeros - int(version == 1), bits),
@@ -200,6 +199,11 @@ def gptq(
 
     said = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": is_symmetric, "desc_act": act_order}
     return Format({**said, "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}, write)
+
+
+def sorted_by_size(groups: torch.Tensor) -> torch.Tensor:
+    """Return the groups of columns that were sorted first; matrices that the same x is multiplied with sort alike."""
+    return groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(len(groups)))]
 
 
 def side_by_side(columns: int, group: int) -> torch.Tensor:
@@ -221,12 +225,11 @@ def compressed(
     scheme |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
     arguments, half = QuantizationArgs(**scheme), 2 ** (bits - 1)
     scheme |= {"actorder": "group"} if act_order else {}
-    shuffled = torch.Generator().manual_seed(6)
 
     def write(weight: torch.Tensor) -> Written:
         groups = side_by_side(weight.shape[1], group)
         if act_order:
-            groups = groups[torch.randperm(len(groups), generator=shuffled)]
+            groups = sorted_by_size(groups)
         codes, scales, zeros = rounded(weight, groups, bits, is_symmetric=is_symmetric)
         values, zero = (codes - half).to(torch.int8), (zeros - half).to(torch.int8)
         numbers = dequantize(values, scales, None if is_symmetric else zero, arguments)

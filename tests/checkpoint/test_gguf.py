@@ -284,6 +284,15 @@ def test_llamas_query_and_key_rows_come_back_in_the_hubs_order(tmp_path, kind):
             assert torch.equal(weights.tensor(name)[5:70].float(), found[5:70])
 
 
+@pytest.mark.parametrize(
+    ("kind", "summary"), [("F16", None), ("Q4_0", "GGUF Q4_0, 4 bits"), ("Q8_0", "GGUF Q8_0, 8 bits")]
+)
+def test_how_the_layers_are_packed_is_told(tmp_path, kind, summary):
+    config = tiny_config("llama", num_hidden_layers=1)
+    spec = inspect(gguf_files(write_gguf(tmp_path / "model.gguf", config, random_tensors(config), kind=kind)))
+    assert (spec.quantized and spec.quantized.summary) == summary
+
+
 def test_the_tests_own_reordering_moves_rows():
     """Guards the test above: were both reorderings the identity, it would pass for nothing."""
     rows = np.arange(8)

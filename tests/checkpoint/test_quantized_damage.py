@@ -103,6 +103,8 @@ TOLD_BY_BYTES = [
     (NF4, changed(STATE, as_state(nested_offset=10**400)), "says nested_offset 1000"),
     (GPTQ, at("g_idx", 3, 8), "its g_idx names groups from 0 to 8; there are 8"),
     (GPTQ, at("g_idx", 0, -1), "its g_idx names groups from -1 to 7"),
+    (GPTQ, at("g_idx", 0, 7), "its g_idx has not 32 columns in each of 8 groups"),
+    (PACKED, changed("weight_zero_point", torch.full((256, 8), 100).to(torch.int8)), "outside the 16 codes"),
     (PACKED, at("weight_shape", 1, 1 << 40), "its weight_shape says [256, 1099511627776]"),
     (PACKED, at("weight_shape", 0, -256), "its weight_shape says [-256, 256]"),
 ]  # fmt: skip

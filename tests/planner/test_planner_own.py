@@ -18,6 +18,7 @@ from loadstone.quantization import find_strategy
 
 NF4 = Coding("nf4", "bitsandbytes-nf4", 4, 64)
 ROWS = Coding("int8", "bitsandbytes-int8", 8)
+WORDS = Coding("grouped", "awq", 4, 128)
 FP8 = Coding("other", "fp8", 8, block=(128, 128))
 SUMMARY = "a method, 4 bits"
 
@@ -39,7 +40,7 @@ def planned(spec: ModelSpec, *, free: int = 8 * GB, **said: Any) -> Plan:
     return plan(wish, spec, cpu(free), CPU_SETTINGS, runtime_bytes=0, resident_bytes=0)
 
 
-@pytest.mark.parametrize(("coding", "strategy"), [(NF4, "4bit"), (ROWS, "8bit"), (FP8, "8bit")])
+@pytest.mark.parametrize(("coding", "strategy"), [(NF4, "4bit"), (ROWS, "8bit"), (WORDS, "int4"), (FP8, "8bit")])
 def test_what_nobody_asked_otherwise_stays_in_its_own_form(coding: Coding, strategy: str) -> None:
     spec = quantized(coding)
     assert own_strategy(spec) == strategy
@@ -48,12 +49,18 @@ def test_what_nobody_asked_otherwise_stays_in_its_own_form(coding: Coding, strat
     assert any("the form of the checkpoint (a method" in reason for reason in found.reasons)
 
 
-@pytest.mark.parametrize("coding", [NF4, ROWS, FP8])
+@pytest.mark.parametrize("coding", [NF4, ROWS, WORDS, FP8])
 @pytest.mark.parametrize("asked", ["none", "8bit", "nf4"])
 def test_who_asks_for_a_form_has_it(coding: Coding, asked: str) -> None:
     found = planned(quantized(coding), quantization=asked)
     assert found.strategy == find_strategy(asked).name
     assert any("as asked" in reason and "a method" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize(("coding", "strategy"), [(WORDS, "int4"), (NF4, "4bit"), (ROWS, "4bit"), (FP8, "4bit")])
+def test_four_bits_are_met_by_whatever_has_four(coding: Coding, strategy: str) -> None:
+    """Who means NF4 says so; of 8 bits they are made."""
+    assert planned(quantized(coding), quantization="4bit").strategy == strategy
 
 
 def test_auto_is_the_form_that_there_is_and_no_larger_one() -> None:
@@ -101,3 +108,12 @@ def test_what_was_left_out_is_kept_with_care_and_so_is_what_is_multiplied_with_i
 def test_where_another_form_was_asked_for_all_layers_have_it() -> None:
     spec = quantized(FP8, but=("mlp.down",))
     assert kind_of(spec, find_strategy("4bit"), "model.layers.0.mlp.down_proj.weight") == "linear"
+
+
+@pytest.mark.parametrize(("bits", "strategy"), [(4, "4bit"), (5, "8bit"), (8, "8bit")])
+def test_blocks_of_gguf_with_more_than_4_bits_go_into_8(bits: int, strategy: str) -> None:
+    spec = make_spec(layers=1, hidden=512, heads=8, kv_heads=2, inner=1024, vocab=1000)
+    spec = replace(spec, format="gguf", quantized=Quantized("gguf", f"GGUF Q{bits}", bits))
+    assert planned(spec).strategy == strategy
+    assert planned(spec, quantization="4bit").strategy == "4bit"
+    assert kind_of(spec, find_strategy(strategy), "model.layers.0.mlp.down_proj.weight") == "linear"

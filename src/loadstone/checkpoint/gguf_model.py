@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from loadstone.errors import CheckpointError
 
 from .architectures import Architecture, find_gguf_architecture, known_architectures
-from .gguf import GgufHeader
+from .coding import Quantized
+from .gguf import BLOCKS, GgufHeader
 from .spec import TensorInfo
 
 _OUTSIDE = {
@@ -113,6 +114,18 @@ def sampling_of(header: GgufHeader) -> dict[str, Any]:
     """Return the sampling that the file recommends, as the keys of generation_config.json."""
     found = {key: header.metadata.get(stored) for stored, key in _SAMPLING.items()}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def quantized_of(tensors: Mapping[str, TensorInfo]) -> Quantized | None:
+    """Return how the layers' matrices are packed, going by the type of most of them; None where they are floats."""
+    numbers: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2 and ".layers." in name:
+            numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.elements
+    most = max(numbers, key=lambda dtype: numbers[dtype])
+    if BLOCKS[most][0] == 1:
+        return None
+    return Quantized("gguf", f"GGUF {most}", int(most[1]))  # Q6_K: the digit is its bits
 
 
 def _refuse(header: GgufHeader, reason: str) -> NoReturn:

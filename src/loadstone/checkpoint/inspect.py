@@ -90,8 +90,8 @@ def _inspect_gguf(files: Files, remote: Mapping[Path, Readable]) -> ModelSpec:
     expected = expected_tensors(architecture, sizes)
     found = {name: _named_type(tensor, name in expected) for name, tensor in gguf_model.hub_tensors(header).items()}
     tensors = select_tensors(found, expected, gguf.READABLE_TYPES, header.file)
-    generation = gguf_model.sampling_of(header)
-    return _spec(files, architecture, sizes, tensors, config, generation, header.file)
+    generation, quantized = gguf_model.sampling_of(header), gguf_model.quantized_of(tensors)
+    return _spec(files, architecture, sizes, tensors, config, generation, header.file, quantized)
 
 
 def _spec(

@@ -208,12 +208,19 @@ def kind_of(plan: Plan, spec: ModelSpec) -> Kind:
         "parts": [[part.name, part.kind, *part.tensors] for part in parts_of(spec)],
         "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in spec.tensors.items()},
         **({"left_alone": sorted(spec.left_alone)} if spec.left_alone else {}),
-        **({} if spec.quantized is None else {"codings": _codings(spec)}),
+        **({} if not spec.codings else {"codings": _codings(spec), "coded": _coded_layouts(plan, spec)}),
         "order": list(order),
         "strategy": plan.strategy,
         "layout": find_strategy(plan.strategy).layout(plan.device.kind),
         "dtype": plan.settings.compute_dtype,
     })  # fmt: skip
+
+
+def _coded_layouts(plan: Plan, spec: ModelSpec) -> list[str]:
+    """Return the names of forms that a strategy keeps the codes of others in, where these are not its own."""
+    strategy, kind = find_strategy(plan.strategy), plan.device.kind
+    kept = (strategy.coded_layout(coding, kind) for coding in spec.codings if strategy.keeps(coding))
+    return sorted({layout for layout in kept if layout is not None})
 
 
 def _codings(spec: ModelSpec) -> dict[str, list[object]]:

@@ -22,7 +22,7 @@ from loadstone.checkpoint.weights import float_types
 from loadstone.checkpoint.workers import in_threads, own_stream
 from loadstone.memory import exact_allocation
 from loadstone.planner import Plan
-from loadstone.planner.own import kind_of, own_strategy, strategy_of
+from loadstone.planner.own import kept_coding, kind_of, own_strategy, strategy_of
 from loadstone.quantization import find_strategy
 from loadstone.quantization.base import Packing
 from loadstone.quantization.kernels.openmp import compute_alone
@@ -77,7 +77,7 @@ class _Packer:
         self.device = torch.device(plan.device.torch_name)
         self.dtype: torch.dtype = getattr(torch, plan.settings.compute_dtype)
         self.digests = TensorDigests()
-        if spec.quantized is not None and plan.strategy != own_strategy(spec):
+        if spec.quantized is not None and plan.strategy != (own := own_strategy(spec)) and own is not None:
             reason = f"the weights are quantised already ({spec.quantized.summary}); {plan.strategy} adds its own error"
             emit("load.warning", reason=reason, instead="leave quantization out: they are then kept as they are")
         total = sum(tensor.nbytes for tensor in spec.tensors.values())
@@ -107,9 +107,12 @@ class _Packer:
         rows = sum(tensor.shape[0] for tensor in tensors)
         if part.kind == VECTOR:
             return VectorPacking(rows, self.device, self.dtype)
+        columns = tensors[0].shape[1]
+        if (coding := kept_coding(self.spec, self.strategy, part.tensors[0])) is not None:
+            return self.strategy.coded_packing(coding, rows, columns, device=self.device, dtype=self.dtype)
         source = reduce(torch.promote_types, map(self._type, tensors))
         return strategy_of(self.spec, self.strategy, part.tensors[0]).packing(
-            kind_of(self.spec, self.strategy, part.tensors[0]), rows, tensors[0].shape[1],
+            kind_of(self.spec, self.strategy, part.tensors[0]), rows, columns,
             source=source, device=self.device, dtype=self.dtype,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ class Deciding:
         self._estimators: dict[Way, Estimator] = {}
         self.own = own_strategy(spec)
         self.asked, self._asked_reason = self._asked(strategy)
-        self.ladder = LADDER if self.own is None else (self.own, *LADDER[LADDER.index(self.own) + 1 :])
+        self.ladder = LADDER if self.own is None else (self.own, *_below(self.own))
 
     def _asked(self, strategy: str | None) -> tuple[str | None, str]:
         """Return the strategy that was asked for, None where it is to be chosen, and what is said of that.
@@ -270,6 +270,11 @@ class Deciding:
                 is_kept=self._is_kept(way.strategy),
             )
         return self._estimators[way]
+
+
+def _below(strategy: str) -> tuple[str, ...]:
+    """Return the strategies that take less than this one."""
+    return LADDER[LADDER.index(strategy) + 1 :] if strategy in LADDER else ()
 
 
 def _allowed(wish: LoadConfig, device: Device, resident_bytes: int) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from loadstone.hardware.device import MemorySettings
 from loadstone.quantization.base import Strategy
 from loadstone.quantization.kernels.words import KV_BLOCK
 
-from .own import kind_of, strategy_of
+from .own import kept_coding, kind_of, strategy_of
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec, TensorInfo
@@ -91,6 +91,9 @@ def estimate_weights(spec: ModelSpec, strategy: Strategy, settings: MemorySettin
         if len(tensor.shape) == 2 and part != "norm":
             rows, columns = tensor.shape
             number = _bytes_unquantised(spec, tensor) if device_kind == "cpu" else compute
+            if (coding := kept_coding(spec, strategy, name)) is not None:
+                parts[part] += strategy.coded_bytes(coding, rows, columns)
+                continue
             kind = kind_of(spec, strategy, name)
             keeper = strategy_of(spec, strategy, name)
             parts[part] += keeper.weight_bytes(kind, rows, columns, dtype_bytes=number)

@@ -10,26 +10,33 @@ from typing import TYPE_CHECKING
 
 from loadstone.quantization import find_strategy
 
-from .ladder import LADDER
-
 if TYPE_CHECKING:
+    from loadstone.checkpoint.coding import Coding
     from loadstone.checkpoint.spec import ModelSpec
     from loadstone.quantization.base import Strategy
 
+FORMS = ("8bit", "4bit", "int4")
+"""The strategies that may keep what others quantised."""
+
 NEAREST = "8bit"
 """What keeps codes that no strategy keeps as they are, FP8 say: rows of 8 bits lose next to nothing of them."""
+
+ROUNDED_BITS = 4
+"""Blocks of GGUF with so many bits a weight or fewer are rounded into whatever was asked for."""
 
 
 def own_strategy(spec: ModelSpec) -> str | None:
     """Return the strategy that keeps most of a checkpoint's quantised weights as they are; None where it has none."""
     if spec.quantized is None:
         return None
+    if not spec.codings:  # GGUF's blocks, which are always worked out
+        return NEAREST if spec.quantized.bits > ROUNDED_BITS else None
 
     def kept(name: str) -> int:
         strategy = find_strategy(name)
         return sum(numbers for coding, numbers in spec.codings.items() if strategy.keeps(coding))
 
-    best = max(LADDER, key=kept)
+    best = max(FORMS, key=kept)
     return best if kept(best) else NEAREST
 
 
@@ -56,8 +63,17 @@ def kind_of(spec: ModelSpec, strategy: Strategy, name: str) -> str:
     part = spec.part_of(name)
     if part == "embedding" and spec.tied_embeddings:
         return "lm_head"
-    if part != "linear" or spec.quantized is None or own_strategy(spec) != strategy.name:
+    if part != "linear" or not spec.codings or own_strategy(spec) != strategy.name:
         return part
-    codings = {spec.tensors[one].coding for one in spec.multiplied_with(name)}
-    coding = codings.pop()
-    return "linear" if not codings and coding is not None and strategy.keeps(coding) else "lm_head"
+    return "linear" if kept_coding(spec, strategy, name) is not None else "lm_head"
+
+
+def kept_coding(spec: ModelSpec, strategy: Strategy, name: str) -> Coding | None:
+    """Return the coding that a strategy keeps a matrix of the layers in; None where it makes another form of it.
+
+    It keeps none where what is multiplied together is not coded alike.
+    """
+    if spec.part_of(name) != "linear" or name in spec.left_alone:
+        return None
+    coding, *others = {spec.tensors[one].coding for one in spec.multiplied_with(name)}
+    return coding if not others and coding is not None and strategy.keeps(coding) else None

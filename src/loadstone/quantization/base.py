@@ -77,6 +77,22 @@ class Strategy(ABC):
         """Tell whether a matrix of the layers that a checkpoint has in such codes is kept in these very codes."""
         return False
 
+    def coded_bytes(self, coding: Coding, rows: int, columns: int) -> int:
+        """Return the bytes that a rows × columns matrix takes whose codes are kept; no torch is needed for it."""
+        return self.weight_bytes("linear", rows, columns)
+
+    def coded_packing(
+        self, coding: Coding, rows: int, columns: int, *, device: torch.device, dtype: torch.dtype
+    ) -> Packing:
+        """Return what makes the product from codes that are kept, which come through `Packing.add_coded`."""
+        import torch
+
+        return self.packing("linear", rows, columns, source=torch.float32, device=device, dtype=dtype)
+
+    def coded_layout(self, coding: Coding, device_kind: str) -> str | None:
+        """Return a name for the bytes that such codes are kept in, where it is not that of `layout`."""
+        return None
+
     @property
     def needs_whole_weights(self) -> bool:
         """Tell whether a weight is held as it was until it is quantised, which a plan has to know."""

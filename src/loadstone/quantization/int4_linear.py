@@ -190,13 +190,13 @@ class Int4Packing:
         return Int4Linear(self._codes.to(self.device), beside.to(self.device), scale, self.dtype)
 
 
-def int4_layout(device_kind: str) -> str:
-    """Return a name for the form that whole blocks of 64 columns take on a kind of device."""
-    device = torch.device(device_kind)
-    kernels = int4_kernels(device, BLOCK, BLOCK)
+def int4_layout(device_kind: str, group: int = BLOCK) -> str:
+    """Return a name for the form that whole blocks of 64 columns take on a kind of device, in groups of so many."""
+    device, columns = torch.device(device_kind), BLOCK * group
+    kernels = int4_kernels(device, columns, group)
     if kernels is not None:
         return "turned" if kernels.is_wide else "plain"
-    return f"aten-{aten_packing_name(device)}" if aten_multiplies(device, BLOCK, BLOCK) else "plain"
+    return f"aten-{aten_packing_name(device)}" if aten_multiplies(device, columns, group) else "plain"
 
 
 def restore_int4(tensors: Mapping[str, torch.Tensor], facts: Facts, dtype: torch.dtype) -> Linear:

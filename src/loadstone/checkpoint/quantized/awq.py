@@ -41,7 +41,9 @@ class Awq(Method):
         if module.rows % _WORD:
             module.refuse(f"it has {module.rows} rows; AWQ packs a multiple of {_WORD}")
         group = self.about.group or module.columns
-        groups = -(-module.columns // group)
+        if module.columns % group:
+            module.refuse(f"it has {module.columns} columns, which are no whole number of groups of {group}")
+        groups = module.columns // group
         parts = (
             module.take("qweight", ("I32",), (module.columns, module.rows // _WORD)),
             module.take("qzeros", ("I32",), (groups, module.rows // _WORD)),

@@ -195,5 +195,8 @@ def _zeros(piece: Piece, raw: torch.Tensor | None, half: int, scales: torch.Tens
     assert tensor.coding is not None
     here = slice(piece.first, piece.first + piece.count)
     if tensor.parts[3].dtype == "I8":  # as earlier versions wrote them: signed, and not packed
-        return raw.view(torch.int8).view(-1, groups)[here].float() + half
+        zeros = raw.view(torch.int8).view(-1, groups)[here].float() + half
+        if bool(((zeros < 0) | (zeros >= 2 * half)).any()):
+            damaged(tensor, f"a zero point is outside the {2 * half} codes")
+        return zeros
     return unpack_down(viewed(raw, torch.int32, -1, groups), tensor.coding.bits)[here].float()

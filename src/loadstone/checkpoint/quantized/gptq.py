@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loadstone.checkpoint.coding import GROUPED, Coding, Quantized
+from loadstone.checkpoint.coding import GROUPED, OTHER, Coding, Quantized
 from loadstone.checkpoint.pieces import Piece
 from loadstone.checkpoint.spec import TensorInfo
 
@@ -54,8 +54,9 @@ class Gptq(Method):
         ]
         if about.is_reordered or module.has("g_idx"):
             parts.append(module.take("g_idx", ("I32",), (module.columns,)))
+        kind = OTHER if module.columns % group else GROUPED  # the last group may have fewer columns
         coding = Coding(
-            GROUPED, self.layout, about.bits, 0 if groups == 1 else group,
+            kind, self.layout, about.bits, 0 if groups == 1 else group,
             is_symmetric=about.is_symmetric, is_reordered=about.is_reordered and groups > 1,
         )  # fmt: skip
         return module.weight(f"GPTQ{about.bits}", coding, parts)

@@ -28,7 +28,7 @@ def unpack_down(words: torch.Tensor, bits: int) -> torch.Tensor:
 def column_groups(tensor: TensorInfo, raw: torch.Tensor, groups: int) -> torch.Tensor | None:
     """Return the group of each column, as the bytes of a `g_idx` (int32) say it; None where they are side by side.
 
-    Raises CheckpointError for a group that there is not.
+    Raises CheckpointError for a group that there is not, or that has not as many columns as the others.
     """
     columns = tensor.shape[1]
     order = viewed(raw, torch.int32, columns).long()
@@ -38,4 +38,6 @@ def column_groups(tensor: TensorInfo, raw: torch.Tensor, groups: int) -> torch.T
     if low < 0 or high >= groups:
         damaged(tensor, f"its g_idx names groups from {low} to {high}; there are {groups}")
     width = -(-columns // groups)
+    if columns % groups == 0 and not bool((order.bincount(minlength=groups) == width).all()):
+        damaged(tensor, f"its g_idx has not {width} columns in each of {groups} groups")
     return None if torch.equal(order, torch.arange(columns) // width) else order
