@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.spec import ModelSpec
@@ -17,7 +18,8 @@ from .planner import Plan
 from .planner.accuracy import LoadRecord
 from .store import Entry
 
-if TYPE_CHECKING:  # both bring torch
+if TYPE_CHECKING:  # they bring torch
+    from .bridge import Bridge
     from .engine import Engine, GenerationResult, Stream
     from .engine.engine import Prompt
     from .model import Decoder
@@ -79,6 +81,26 @@ class LoadedModel:
         if settings:
             said.append(("argument", GenerationConfig(**settings)))
         return resolve_generation(said)
+
+    @cached_property
+    def bridge(self) -> Bridge:
+        """This model as one of transformers, made on first use; see `ModelManager.load_base_model`."""
+        from .bridge import build_bridge
+
+        def used(count: int) -> None:
+            self.engine.note_use()
+            if self.decoder.attached is not None:
+                self.decoder.attached.note_lookups(count)
+
+        template, sampling = self.engine.template, self.sampling()[0]
+        return build_bridge(self.spec, self.decoder, self.tokenizer, template, sampling, used)
+
+    def release(self) -> None:
+        """Let go of weights and cache, whoever still holds this object; it cannot answer after that."""
+        if (bridge := vars(self).get("bridge")) is not None:
+            bridge.end()
+        self.engine.close()
+        self.decoder.release()
 
     def _kept(self) -> dict[str, Any] | None:
         """Return the entry of the store that the weights are in, or None where they are only in memory (yet)."""

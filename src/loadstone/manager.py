@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint.spec import ModelSpec
-from .checkpoint.tokenizer import Tokenizer
 from .config import ConfigManager, GenerationConfig, LoadstoneConfig
 from .errors import ConfigurationError, GenerationError, handle_exceptions
 from .hardware import Device, DeviceManager, get_device_manager, memory_limits, peak_rss, process_rss
@@ -23,7 +22,8 @@ from .sources import ModelFiles
 from .telemetry import emit, subscribe
 from .telemetry.log import log_event
 
-if TYPE_CHECKING:  # brings torch
+if TYPE_CHECKING:  # they bring torch, and transformers
+    from .bridge._transformers import PreTrainedModel, PreTrainedTokenizerFast
     from .engine import GenerationResult, Stream
     from .engine.engine import Prompt
 
@@ -61,10 +61,20 @@ class ModelManager:
         """
         return self._life.load()
 
-    def load_base_model(self) -> tuple[Tokenizer, LoadedModel]:
-        """Load the configured model as `load` does; return its tokenizer and the model."""
-        model = self.load()
-        return model.tokenizer, model
+    def load_base_model(self) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+        """Load the configured model as `load` does; return it as a tokenizer and a model of transformers.
+
+        Both are of transformers' own classes (Qwen2ForCausalLM …), over the tensors that this manager answers with:
+        there is no second copy. `generate`, `pipeline`, streamers and PEFT's LoRA work on the model. Its weights cannot
+        be changed; `save_pretrained(FOLDER)` writes them as a bitsandbytes checkpoint. The same pair comes back as long
+        as the model is loaded. After an unload, a reload, or a release when idle, using it is a ModelNotLoadedError.
+
+        Raises what `load` raises, and ConfigurationError where transformers is not installed
+        (`pip install "loadstone[transformers]"`) or does not know the architecture.
+        """
+        with self._life.changing:
+            bridge = self._life.load().bridge
+            return bridge.tokenizer, bridge.model
 
     def prepare_model(self, *, keep_original: bool = True) -> PreparedModel:
         """Download the configured model if needed and see that the store has its quantised weights; load nothing.
@@ -241,6 +251,6 @@ def get_model_manager(config: Config = None) -> ModelManager:
         return _one[0]
 
 
-def load_qwen_model(config: Config = None) -> tuple[Tokenizer, LoadedModel]:
-    """Load the configured model (Qwen2.5-7B-Instruct where nothing is configured); return tokenizer and model."""
+def load_qwen_model(config: Config = None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """Load the configured model (Qwen2.5-7B-Instruct where nothing is configured), as `load_base_model` does."""
     return get_model_manager(config).load_base_model()

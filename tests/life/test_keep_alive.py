@@ -66,7 +66,7 @@ def test_an_idle_model_goes(brief: ModelManager, heard: Wait) -> None:
 
 
 def test_who_kept_a_model_that_went_is_told_whom_to_ask(brief: ModelManager, heard: Wait) -> None:
-    _, model = brief.load_base_model()
+    model = brief.load()
     heard("unload")
     with pytest.raises(GenerationError, match=r"unloaded.*\n.*manager\.generate") as caught:
         model.generate("Hi")

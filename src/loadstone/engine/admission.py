@@ -57,6 +57,10 @@ class Admission:
         """When the last request ended, as time.monotonic() had it; None while one is waiting or running."""
         return self._last_left if self.is_idle else None
 
+    def note_use(self) -> None:
+        """Count as in use until now; the lock is held."""
+        self._last_left = time.monotonic()
+
     def widen(self) -> None:
         """Let steps be as wide as ever where nobody is under way; the lock is held."""
         if not self.running:

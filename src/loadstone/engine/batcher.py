@@ -150,6 +150,11 @@ class Batcher:
         with self._changed:
             return self.admission.idle_since
 
+    def note_use(self) -> None:
+        """Count as in use until now."""
+        with self._changed:
+            self.admission.note_use()
+
     def drain(self) -> None:
         """Take no more requests, and return when none is waiting or running."""
         with self._changed:

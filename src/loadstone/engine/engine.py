@@ -114,6 +114,10 @@ class Engine:
         """When the last request ended, or this was made, as time.monotonic() had it; None while answers are made."""
         return self._batcher.idle_since
 
+    def note_use(self) -> None:
+        """Take note that the weights are in use outside of requests: it is not idle before now."""
+        self._batcher.note_use()
+
     @property
     def cache(self) -> KVCache | None:
         """The KV cache, or None once this is closed; look, and let go of it."""

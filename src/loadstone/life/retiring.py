@@ -44,8 +44,7 @@ def retire(tenure: Tenure, *, reason: str, cancel: bool = False) -> Receipt:
             leaving.remember(model)
             tenure.model = None
             tenure.close()
-            model.engine.close()
-            model.decoder.release()
+            model.release()
             del model
             give_back()
             let_code_go()

@@ -116,10 +116,10 @@ class Decoder:
             "norm": sum(vector.nbytes for vector in vectors),
         }
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Go through all tensors that keep weights, with the name of their part; a tied embedding comes once."""
+    def parts(self) -> dict[str, Linear | torch.Tensor]:
+        """Return all matrices and then all vectors, by the names of `recipe.parts_of`; a tied embedding comes once."""
         matrices = {"embedding": self.embedding} | ({} if self.head is self.embedding else {"lm_head": self.head})
-        vectors = {"norm": self.norm}
+        vectors: dict[str, torch.Tensor | None] = {"norm": self.norm}
         for index, layer in enumerate(self.layers):
             at = f"layers.{index}"
             for name in ("query_key_value", "output", "gate_up", "down"):
@@ -128,9 +128,12 @@ class Decoder:
                 vectors[f"{at}.{name}.bias"] = product.bias
             for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
                 vectors[f"{at}.{name}"] = getattr(layer, name)
-        for name, matrix in matrices.items():
-            yield from ((name, tensor) for tensor in matrix.tensors().values())
-        yield from ((name, vector) for name, vector in vectors.items() if vector is not None)
+        return {**matrices, **{name: vector for name, vector in vectors.items() if vector is not None}}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Go through all tensors that keep weights, with the name of their part; a tied embedding comes once."""
+        for name, part in self.parts().items():
+            yield from ((name, tensor) for tensor in (part.tensors().values() if isinstance(part, Linear) else [part]))
 
     def _vectors(self) -> list[torch.Tensor]:
         """Return all norms and biases."""

@@ -84,6 +84,18 @@ def assemble(plan: Plan, spec: ModelSpec, kept: Mapping[str, Kept]) -> Decoder:
     )  # fmt: skip
 
 
+def taken_apart(spec: ModelSpec, decoder: Decoder) -> dict[str, Kept]:
+    """Return a decoder's weights one by one, by the Hub's names: rows of its parts, over the same memory."""
+    kept, found = decoder.parts(), dict[str, Kept]()
+    for part in parts_of(spec):
+        whole, start = kept[part.name], 0
+        for name in part.tensors:
+            stop = start + spec.tensors[name].shape[0]
+            found[name] = whole.part(start, stop) if isinstance(whole, Linear) else whole[start:stop]
+            start = stop
+    return found
+
+
 def _layer(spec: ModelSpec, index: int, kept: Mapping[str, Kept]) -> Layer:
     at = f"layers.{index}"
 

@@ -76,9 +76,38 @@ class BitsandbytesNf4(Linear):
     def facts(self) -> Facts:
         return {"rows": self.rows, "columns": self.columns, "blocksize2": self.state.state2.blocksize}
 
+    def _part(self, start: int, stop: int) -> Linear | None:
+        state, nested = self.state, self.state.state2
+        first, last = start * self.columns, stop * self.columns
+        if first % (BLOCK * nested.blocksize):
+            return None  # another row's absmax is quantised with the first one's
+        blocks = slice(first // BLOCK, last // BLOCK)
+        scales = nested.absmax[blocks.start // nested.blocksize : -(-blocks.stop // nested.blocksize)]
+        state2 = bitsandbytes.QuantState(
+            absmax=scales, code=nested.code, blocksize=nested.blocksize, dtype=nested.dtype
+        )  # fmt: skip
+        part = bitsandbytes.QuantState(
+            absmax=state.absmax[blocks], shape=torch.Size((stop - start, self.columns)), dtype=state.dtype,
+            code=state.code, blocksize=BLOCK, quant_type="nf4", offset=state.offset, state2=state2,
+        )  # fmt: skip
+        return BitsandbytesNf4(self.codes.view(-1, 1)[first // 2 : last // 2], part)
+
+    def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes (rows × columns/2) and absmax (rows × columns/64, float32) of rows [start, stop)."""
+        absmax: torch.Tensor = (
+            bitsandbytes.dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
+        )
+        return self.codes.view(self.rows, -1)[start:stop], absmax.view(self.rows, -1)[start:stop]
+
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._whole()[start:stop].to(dtype)
+
+    def multiply_back(self, y: torch.Tensor) -> torch.Tensor:
+        return y @ self._whole().to(y.dtype)
+
+    def _whole(self) -> torch.Tensor:
         whole: torch.Tensor = bitsandbytes.dequantize_4bit(self.codes, self.state)
-        return whole[start:stop].to(dtype)
+        return whole
 
 
 class BitsandbytesPacking(Packing):

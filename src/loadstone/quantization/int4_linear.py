@@ -16,7 +16,7 @@ from .base import Facts
 from .codes import BLOCK, LANES
 from .kernels.cpu import CpuKernels
 from .linear import KernelLinear, Linear, kernels_for
-from .turned import plain_rows, plain_rows_at, turned_space
+from .turned import plain_rows, plain_rows_at, turned_space, whole_groups
 
 LARGEST = 2.0**15  # no scale is kept as more: near float16's own largest, so that small ones keep their bits
 MOST_ZERO = 16  # a zero point is at most this: GPTQ's, which is one more than what its files have
@@ -55,6 +55,9 @@ class Int4Linear(KernelLinear):
     @property
     def facts(self) -> Facts:
         return {"scale": self.scale}
+
+    def _part(self, start: int, stop: int) -> Linear | None:
+        return Int4Linear(self.codes[start:stop], self.beside[start:stop], self.scale, self.dtype)
 
     @property
     def scales(self) -> torch.Tensor:
@@ -112,6 +115,13 @@ class TurnedInt4Linear(Int4Linear):
     def facts(self) -> Facts:
         return {"scale": self.scale, "rows": float(self.rows)}
 
+    def _part(self, start: int, stop: int) -> Linear | None:
+        groups = whole_groups(start, stop)
+        if groups is None:
+            return None
+        turned, beside = self.turned[groups], self.turned_beside[groups]
+        return TurnedInt4Linear(turned, beside, self.scale, stop - start, self.dtype)
+
     def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         beside = plain_rows(self.turned_beside, start, stop)
         return plain_rows(self.turned, start, stop), beside.view(len(beside), -1, 2)
@@ -135,6 +145,9 @@ class ReorderedLinear(Linear):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         return self.within(x.index_select(1, self.order))
+
+    def _part(self, start: int, stop: int) -> Linear:
+        return ReorderedLinear(self.within.part(start, stop), self.order)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {**self.within.tensors(), "order": self.order}

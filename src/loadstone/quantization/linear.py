@@ -16,7 +16,7 @@ from .base import Facts
 from .codes import BLOCK
 from .kernels.cpu import Call, CpuKernels, Work, cpu_kernels
 from .reference import dequantize_nf4
-from .turned import plain_rows, plain_rows_at
+from .turned import plain_rows, plain_rows_at, whole_groups
 
 functional = torch.nn.functional
 
@@ -71,6 +71,23 @@ class Linear(ABC):
         """Return the rows of W that `ids` (M) name, M × columns."""
         raise NotImplementedError(f"{type(self).__name__} keeps no rows that can be looked up")
 
+    def part(self, start: int, stop: int) -> Linear:
+        """Return rows [start, stop) of W as a weight of its own, over the same memory."""
+        if not 0 <= start < stop <= self.rows:
+            raise ValueError(f"rows {start} to {stop} of a weight that has {self.rows}")
+        return self if (start, stop) == (0, self.rows) else self._part(start, stop) or Rows(self, start, stop)
+
+    def _part(self, start: int, stop: int) -> Linear | None:
+        """Return rows [start, stop) in this form, or None where they cannot stand alone in it."""
+        return None
+
+    def multiply_back(self, y: torch.Tensor) -> torch.Tensor:
+        """Return y·W, M × columns, for y of M × rows: what a change of the product means for x."""
+        x = y.new_zeros(y.shape[0], self.columns)
+        for start, stop in self._tiles():
+            x.addmm_(y[:, start:stop], self.dequantize(start, stop, y.dtype))
+        return x
+
     @property
     def nbytes(self) -> int:
         """Bytes that W takes as it is kept."""
@@ -87,6 +104,31 @@ class Linear(ABC):
         step = max(1, TILE_NUMBERS // self.columns)
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
+
+
+class Rows(Linear):
+    """Rows [start, stop) of a weight whose form does not let them stand alone: dequantised, a few at a time."""
+
+    def __init__(self, whole: Linear, start: int, stop: int) -> None:
+        super().__init__(stop - start, whole.columns)
+        self.whole = whole
+        self.start = start
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return self._by_tiles(x)
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return self.whole.tensors()
+
+    @property
+    def facts(self) -> Facts:
+        return self.whole.facts
+
+    def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.whole.dequantize(self.start + start, self.start + stop, dtype)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.whole.lookup(ids + self.start)
 
 
 def kernels_for(device: torch.device, columns: int) -> CpuKernels | None:
@@ -157,6 +199,9 @@ class DenseLinear(KernelLinear):
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"weight": self.weight}
 
+    def _part(self, start: int, stop: int) -> Linear:
+        return DenseLinear(self.weight[start:stop], self.dtype)
+
     def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         return self.weight[start:stop].to(dtype)
 
@@ -190,6 +235,9 @@ class Int8Linear(KernelLinear):
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"weight": self.weight, "scales": self.scales}
+
+    def _part(self, start: int, stop: int) -> Linear | None:
+        return Int8Linear(self.weight[start:stop], self.scales[start:stop], self.dtype)
 
     def rows_of(self, start: int, stop: int) -> torch.Tensor:
         """Return the numbers of rows [start, stop)."""
@@ -228,6 +276,12 @@ class TurnedInt8Linear(Int8Linear):
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {"turned": self.turned, "scales": self.scales}
 
+    def _part(self, start: int, stop: int) -> Linear | None:
+        groups = whole_groups(start, stop)
+        if groups is None:
+            return None
+        return TurnedInt8Linear(self.turned[groups], self.scales[start:stop], self.dtype)
+
     def rows_of(self, start: int, stop: int) -> torch.Tensor:
         return plain_rows(self.turned, start, stop)
 
@@ -265,6 +319,9 @@ class Nf4Linear(KernelLinear):
     @property
     def facts(self) -> Facts:
         return {"scale": self.scale}
+
+    def _part(self, start: int, stop: int) -> Linear | None:
+        return Nf4Linear(self.codes[start:stop], self.absmax[start:stop], self.scale, self.dtype)
 
     def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes and absmax of rows [start, stop)."""
@@ -318,6 +375,13 @@ class TurnedNf4Linear(Nf4Linear):
     @property
     def facts(self) -> Facts:
         return {"scale": self.scale, "rows": float(self.rows)}
+
+    def _part(self, start: int, stop: int) -> Linear | None:
+        groups = whole_groups(start, stop)
+        if groups is None:
+            return None
+        turned, absmax = self.turned[groups], self.turned_absmax[groups]
+        return TurnedNf4Linear(turned, absmax, self.scale, stop - start, self.dtype)
 
     def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         return plain_rows(self.turned, start, stop), plain_rows(self.turned_absmax, start, stop)

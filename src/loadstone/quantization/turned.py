@@ -46,6 +46,11 @@ def turned_scales(scales: torch.Tensor) -> torch.Tensor:
     return whole.view(-1, LANES, blocks).transpose(1, 2).contiguous()
 
 
+def whole_groups(start: int, stop: int) -> slice | None:
+    """Return the groups that have rows [start, stop), or None where the first begins with other rows."""
+    return None if start % LANES else slice(start // LANES, padded(stop) // LANES)
+
+
 def plain_rows(turned: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Return rows [start, stop) of what is turned (groups × N × 16 × …), one after the other: rows × (N · …)."""
     first, last = start // LANES, -(-stop // LANES)

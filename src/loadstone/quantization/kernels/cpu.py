@@ -16,6 +16,7 @@ from loadstone.telemetry import emit
 from .openmp import openmp_symbols
 from .words import SUMS, AttentionWords, ProductWords, QuantizerWords, ReplayWords, TurningWords
 
+SMALL = 1 << 21  # products of numbers: a thread is done with them by the time that it has woken another
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _lock = threading.Lock()
 _found: list[CpuKernels | None] = []
@@ -98,9 +99,10 @@ class CpuKernels:
         each row of x (M × 2·columns) times the second.
         """
         y = torch.empty(x.shape[0], rows)
+        threads = 1 if x.shape[0] * rows * columns <= SMALL else torch.get_num_threads()
         self.product_call(
             kind, x, weight, scales, y=y, work=Work(x.shape[0], columns), group=group, scale=scale, norm=norm,
-            epsilon=epsilon, gated=gated, bias=bias, residual=residual,
+            epsilon=epsilon, gated=gated, bias=bias, residual=residual, threads=threads,
         )()  # fmt: skip
         return y
 
@@ -108,9 +110,12 @@ class CpuKernels:
         self, kind: str, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None, *,
         y: torch.Tensor, work: Work, group: int = BLOCK, scale: float = 1.0, norm: torch.Tensor | None = None,
         epsilon: float = 0.0, gated: bool = False, bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None, threads: int | None = None,
     ) -> Call:  # fmt: skip
-        """Return the call that writes `product` of the same arguments into `y` (M × rows)."""
+        """Return the call that writes `product` of the same arguments into `y` (M × rows).
+
+        As many `threads` work as torch has, unless said otherwise.
+        """
         count, rows = y.shape
         before = ".normed" if norm is not None else ".gated" if gated else ""
         is_as_it_is = scales is None and not before  # floats are multiplied where they are
@@ -118,7 +123,7 @@ class CpuKernels:
             x=x.data_ptr(), weights=weight.data_ptr(), scales=_address(scales), y=y.data_ptr(),
             rows=rows, columns=x.shape[1] // (2 if gated else 1), x_rows=count,
             scratch=x.data_ptr() if is_as_it_is else work.numbers.data_ptr(), scratch_scales=work.scales.data_ptr(),
-            whole=_bits(scale), threads=torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
+            whole=_bits(scale), threads=threads or torch.get_num_threads(), norm=_address(norm), epsilon=_bits(epsilon),
             bias=_address(bias), residual=_address(residual), sums=work.sums.data_ptr(), group=group // BLOCK,
         )  # fmt: skip
         return Call(self._functions[kind + before], words, (x, weight, scales, y, work, norm, bias, residual))
