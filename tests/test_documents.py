@@ -20,7 +20,7 @@ DOCUMENTS = (
     *READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md",
     *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md")),
 )  # fmt: skip
-WEB_HOSTS = {"keepachangelog.com", "semver.org"}
+WEB_HOSTS = {"keepachangelog.com", "semver.org", "models.example"}
 
 _BLOCK = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -36,7 +36,10 @@ FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 
 # The second file of a vendor, by its reason.
 EXCUSED = {("jinja2", "checkpoint/template.py"): "names the errors of the templates that _jinja.py compiles"}
-VENDORS = {"bitsandbytes", "blake3", "gguf", "huggingface_hub", "llvmlite", "jinja2", "transformers"}
+VENDORS = {
+    "bitsandbytes", "blake3", "fsspec", "gguf", "huggingface_hub", "jinja2", "llvmlite", "modelscope_hub",
+    "transformers",
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingface_hub", "tokenizers", "llvmlite"}
 
 PUBLIC = [

@@ -16,8 +16,9 @@ from loadstone.hardware.probes import DEVICES
 from loadstone.plugins import Door, PlugIn, made
 from loadstone.quantization import STRATEGIES, find_strategy, known_strategies
 from loadstone.quantization.none import NoQuantization
+from loadstone.sources import SOURCES
 
-DOORS = (STRATEGIES, DEVICES, ARCHITECTURES)
+DOORS = (STRATEGIES, DEVICES, SOURCES, ARCHITECTURES)
 BROKEN = {
     "broken_import": "import no_such_library",
     "broken_exit": "import sys; sys.exit(3)",
@@ -54,6 +55,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 STRATEGY = """
 from loadstone.quantization.none import NoQuantization
+from loadstone.sources import SOURCES
 class thing(NoQuantization):
     name = {name!r}
     summary = "as it is, under another name"
@@ -75,7 +77,7 @@ def test_built_ins_are_entry_points_and_all_of_them_come_in(door: Door) -> None:
 
 def test_a_plug_in_is_known_found_and_told_of(site: Path) -> None:
     install(site, STRATEGIES.group, {"plain": STRATEGY.format(name="plain")})
-    assert known_strategies() == ("none", "8bit", "4bit", "plain")
+    assert known_strategies() == (*STRATEGIES._built_in, "plain")
     assert find_strategy("plain").summary.startswith("as it is")
     assert STRATEGIES.plug_ins() == (PlugIn(STRATEGIES.group, "plain", "acme_plain:thing", "acme 1.0"),)
 
@@ -141,7 +143,7 @@ def test_a_built_in_name_is_not_taken_over(site: Path) -> None:
     assert type(find_strategy("4bit")).__module__ == "loadstone.quantization.nf4"
     (plug_in,) = STRATEGIES.plug_ins()
     assert plug_in.problem == "loadstone has this name already"
-    assert list(STRATEGIES.all()) == ["none", "8bit", "4bit"]
+    assert list(STRATEGIES.all()) == list(STRATEGIES._built_in)
 
 
 def test_the_second_package_of_a_name_is_told_of(site: Path) -> None:
@@ -169,7 +171,7 @@ def test_a_strategy_that_fails_in_a_plan_is_reported_and_left_out_of_it(site: Pa
     install(site, STRATEGIES.group, {"moody": code})
     for _ in range(2):
         found = loadstone.plan("smollm2", machine="cpus=4,ram=16GB,bandwidth=40GB/s")
-        assert [row.strategy for row in found.rows] == ["none", "8bit", "4bit"]
+        assert [row.strategy for row in found.rows] == list(STRATEGIES._built_in)
     assert warnings(events) == ["moody"]
 
 
@@ -185,7 +187,7 @@ def test_the_doctor_tells_of_every_plug_in_and_of_what_is_wrong_with_it(site: Pa
     assert "acme2 1.0" in problem.remedy
     told = {one["name"]: one["problem"] for one in found.facts["plug_ins"]}
     assert told["plain"] is None
-    assert found.facts["known"]["strategies"] == ["none", "8bit", "4bit", "plain"]
+    assert found.facts["known"]["strategies"] == [*STRATEGIES._built_in, "plain"]
 
 
 def test_a_report_names_group_package_and_reason(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Models without their original weights: found by name when only their quantised weights were kept, and made so.
 
-Only what a Hub has too is removed: files in a folder of the user's are not ours.
+Only what was fetched is removed: files in a folder of the user's are not ours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .checkpoint import ModelSpec
 from .config import LoadConfig
 from .errors import ConfigurationError
 from .quantization import AUTO, find_strategy
-from .sources import COMPANIONS, ModelFiles, hub_weights
+from .sources import COMPANIONS, ModelFiles, fetched_weights
 from .store import Entry, Store
 
 OWN_FORM = "own"  # in place of a strategy: what was quantised already, and nobody wanted otherwise
@@ -40,10 +40,10 @@ def lighten(wish: LoadConfig, store: Store | None, files: ModelFiles, spec: Mode
     """
     if not files.weights:
         return 0  # they are gone already
-    weights = None if files.format == "gguf" else hub_weights(files)
+    weights = None if files.format == "gguf" else fetched_weights(files)
     if store is None or entry is None or weights is None:
         raise ConfigurationError(
-            f"the original weights of {wish.base_model} stay: what is removed is safetensors in the Hub's cache, when "
+            f"the original weights of {wish.base_model} stay: what is removed is safetensors that were fetched, when "
             "their quantised form is kept",
             hint="Leave out --quantize-only.",
         )

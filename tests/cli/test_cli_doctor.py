@@ -82,7 +82,7 @@ def test_a_containers_limit_is_named_when_memory_is_short(monkeypatch):
 
 def test_a_full_disk_says_which_setting_moves_the_cache(monkeypatch):
     """The remedy names the setting."""
-    monkeypatch.setattr("loadstone.sources.hub_cache.free_bytes", lambda _: 10**9)
+    monkeypatch.setattr("loadstone.sources.cache.free_bytes", lambda _: 10**9)
     found = found_by(diagnosis._disk)
     assert [check.name for check in found.problems] == ["downloads"]
     assert "HF_HOME" in found.problems[0].remedy

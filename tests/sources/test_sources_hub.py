@@ -312,7 +312,7 @@ def test_a_refusal_is_said_with_its_remedy_and_never_retried(
 
 def test_a_page_that_is_not_a_hub_is_said_to_be_none(hub: FakeHub) -> None:
     hub.fault("/api/models", status=200)
-    with pytest.raises(SourceError, match="did not answer as a Hub does"):
+    with pytest.raises(SourceError, match="did not answer as it should"):
         resolve(MODEL)
 
 
@@ -432,12 +432,79 @@ def test_a_hub_that_says_no_is_not_papered_over_by_the_cached_copy(hub: FakeHub)
 
 
 def test_a_stalled_connection_is_given_up_and_resumed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loadstone.sources import _huggingface
+    from loadstone.sources import http
 
-    monkeypatch.setattr(_huggingface, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(http, "STALL_SECONDS", 0.2)
     done = threading.Event()
     hub.fault("model.safetensors", reset_after=100_000, before_reset=lambda: done.wait(10))
     files = resolve(MODEL)
     done.set()
     assert files.weights[0].read_bytes() == SHARD
     assert hub.asked_for("model.safetensors")[1].start == 100_000
+
+
+# Mirrors, tokens and redirects
+
+
+def test_a_mirror_below_a_path_is_asked_there(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = hub.answer
+    monkeypatch.setattr(hub, "answer", lambda path, query: answer(path.removeprefix("/mirror"), query))
+    monkeypatch.setenv("HF_ENDPOINT", f"{hub.endpoint}/mirror/")
+    assert resolve(MODEL).origin == f"Hub: {MODEL} at {hub.endpoint}/mirror"
+    assert all(one.path.startswith("/mirror/") for one in hub.asked)
+
+
+def test_the_token_comes_from_where_the_hub_keeps_it(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A private repository is fetched after `hf auth login`, which writes this file."""
+    import huggingface_hub.constants
+
+    (tmp_path / "token").write_text("hf_kept\n")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN")
+    resolve(MODEL)
+    assert {one.authorization for one in hub.asked} == {"Bearer hf_kept"}
+
+
+def test_files_on_another_host_are_fetched_there_without_the_token(hub: FakeHub) -> None:
+    with FakeHub(FILES) as storage:
+        place = f"{storage.endpoint}/{MODEL}/resolve/{storage.commit}/model.safetensors"
+        hub.fault("model.safetensors", status=302, headers={"Location": place})
+        assert resolve(MODEL).weights[0].read_bytes() == SHARD
+    (asked,) = storage.asked
+    assert asked.authorization is None
+
+
+def test_a_repository_that_moved_is_followed_with_the_token(hub: FakeHub) -> None:
+    hub.fault("/api/models", status=307, headers={"Location": f"/api/models/{MODEL}/revision/main"})
+    resolve(MODEL)
+    (moved,) = hub.asked_for("/revision/main")
+    assert moved.authorization == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("part", ["/api/models", "model.safetensors"])
+def test_a_redirect_to_another_scheme_is_refused(hub: FakeHub, part: str) -> None:
+    hub.fault(part, status=302, headers={"Location": "ftp://127.0.0.1/x"}, times=99)
+    with pytest.raises(SourceError, match="redirects from http to ftp, which is not followed"):
+        resolve(MODEL)
+    assert len(hub.asked_for(part)) == 1
+
+
+def test_a_gated_repository_names_the_page_with_its_licence(hub: FakeHub) -> None:
+    hub.fault("model.safetensors", status=403, headers={"X-Error-Code": "GatedRepo"})
+    with pytest.raises(SourceError, match=f"Accept its licence at {hub.endpoint}/{MODEL}, then `hf auth login`"):
+        resolve(MODEL)
+
+
+@pytest.mark.parametrize("name", ["..\\evil.safetensors", "C:evil.safetensors"])
+def test_a_listed_name_that_leaves_its_folder_is_refused(hub: FakeHub, name: str) -> None:
+    hub.files = {"config.json": b"{}", name: b"evil"}
+    with pytest.raises(CheckpointError, match="must lie in the folder"):
+        resolve(MODEL)
+
+
+def test_a_listing_without_end_is_not_read_to_it(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadstone.sources.hub.LARGEST_LISTING", 100)
+    with pytest.raises(SourceError, match="more than 100 bytes"):
+        resolve(MODEL)

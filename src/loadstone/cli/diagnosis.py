@@ -177,18 +177,19 @@ def _memory(found: Diagnosis) -> None:
 
 def _disk(found: Diagnosis) -> None:
     from loadstone.folders import cache_folder
-    from loadstone.sources.hub_cache import cache_root
+    from loadstone.sources.cache import hub_root
 
     found.facts["disk"] = []
     for name, folder, knob, wanted in (
-        ("downloads", cache_root(), "HF_HOME", LITTLE_DISK),
+        ("downloads", hub_root(), "HF_HOME", LITTLE_DISK),
         ("own cache", cache_folder(), "LOADSTONE_HOME", 0),
     ):
         found.checks.append(check_folder(name, folder, knob, wanted, found.facts["disk"]))
 
 
 def _network(found: Diagnosis) -> None:
-    from loadstone.sources.hub import OFFLINE_VARIABLES, endpoint, is_offline
+    from loadstone.sources.fetch import OFFLINE_VARIABLES, is_offline
+    from loadstone.sources.hub import endpoint
 
     named = {name: os.environ[name] for name in OFFLINE_VARIABLES if os.environ.get(name)}
     has_token = bool(os.environ.get("HF_TOKEN"))
@@ -250,9 +251,10 @@ def _plug_ins(found: Diagnosis) -> None:
     from loadstone.checkpoint.architectures import ARCHITECTURES
     from loadstone.hardware.probes import DEVICES
     from loadstone.quantization import STRATEGIES
+    from loadstone.sources import SOURCES
 
     found.facts["plug_ins"], found.facts["known"] = [], {}
-    for door in (STRATEGIES, DEVICES, ARCHITECTURES):
+    for door in (STRATEGIES, DEVICES, SOURCES, ARCHITECTURES):
         for plug_in in door.plug_ins():
             found.facts["plug_ins"].append(asdict(plug_in))
             text = plug_in.problem or f"{plug_in.group}, from {plug_in.package}"

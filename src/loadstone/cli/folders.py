@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check_folder(name: str, folder: Path, knob: str, wanted: int, facts: list[dict[str, Any]]) -> Check:
     """Judge a folder that the setting `knob` moves and that should have `wanted` bytes free; add to `facts`."""
-    from loadstone.sources.hub_cache import free_bytes
+    from loadstone.sources.cache import free_bytes
 
     fact: dict[str, Any] = {"for": name, "folder": str(folder), "free_bytes": None, "writable": False}
     facts.append(fact)

@@ -46,8 +46,8 @@ TITLES = (
 def plan(model: str | None, machine: str | None, accuracy: bool, as_json: bool, **said: Any) -> None:
     """Tell whether MODEL fits, what each strategy would take, and how fast it would be.
 
-    Only headers are read: of a model on a Hub kilobytes, or megabytes where it is a GGUF file. Exits with 0 when a load
-    would go ahead, and with 4 when it would be refused (`info` tells the same, and exits with 0 then too).
+    Only headers are read: of a model elsewhere kilobytes, or megabytes where it is a GGUF file. Exits with 0 when a
+    load would go ahead, and with 4 when it would be refused (`info` tells the same, and exits with 0 then too).
     """
     if accuracy:
         tell_accuracy(as_json=as_json)

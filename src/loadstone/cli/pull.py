@@ -33,7 +33,7 @@ def pull(model: str, quantize_only: bool, as_json: bool, **said: Any) -> None:
     Nothing is loaded: `run`, `chat` and other programs do so at once after that, with the same options. Fails where
     the weights cannot be kept.
 
-    With --quantize-only a model of the Hub gives back the disk that its original weights take. It is loaded under the
+    With --quantize-only a model that was fetched gives back the disk of its original weights. It is loaded under the
     same name, revision and --quantization; for another --quantization the weights are fetched again.
     """
     wish = configuration(model, said)

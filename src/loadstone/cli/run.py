@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 def run(model: str, prompt: str | None, system: str | None, raw: bool, as_json: bool, **said: Any) -> None:
     """Load MODEL and answer PROMPT; without one, read it from standard input.
 
-    MODEL is a folder, a .safetensors or .gguf file, a Hub id (org/name or org/name@revision), or smollm2. The answer
-    goes to standard output as it is made, a short table of what it took to standard error.
+    MODEL is a folder, a .safetensors or .gguf file, a Hub id (org/name or org/name@revision), a name of another source
+    (modelscope:org/name, https://host/folder/, s3://bucket/folder), or smollm2. The answer goes to standard output as
+    it is made, a short table of what it took to standard error.
     """
     if raw and system is not None:
         raise click.UsageError("--raw sends the prompt as it is, so --system has no place in it.")

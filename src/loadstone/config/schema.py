@@ -29,12 +29,13 @@ class LoadConfig(Wish):
     """Which model to load, where to, and within which limits (`model_config` in a file)."""
 
     base_model: str = Field(default="Qwen/Qwen2.5-7B-Instruct", examples=['"Qwen/Qwen2.5-7B-Instruct"'])
-    """The model: a folder, a .safetensors or .gguf file, a Hub id (`owner/name`, `owner/name@revision`), or
+    """The model: a folder, a .safetensors or .gguf file, a Hub id (`owner/name`, `owner/name@revision`), a name of
+    another source (`modelscope:owner/name`, `https://host/folder/`, `s3://bucket/folder`, a plug-in's), or
     `smollm2`. Qwen2.5-7B-Instruct by default: it answers well in English and Chinese, is openly licensed,
     and takes about 5 GB in 4 bits."""
 
     revision: str | None = Field(default=None, min_length=1, examples=['"main"'])
-    """The branch, tag or commit on the Hub; None is the newest of the main branch. Fix it where answers must
+    """The branch, tag or commit on a hub; None is the newest of the main branch. Fix it where answers must
     not change under you."""
 
     device: str = Field(default="auto", examples=['"cuda:1"'])

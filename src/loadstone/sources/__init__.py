@@ -1,9 +1,27 @@
-"""Where files come from: a folder, a file, a Hub, the bundled model. `resolve` is the one way in."""
+"""Where files come from: a folder, a file, a Hub, the bundled model, and more. `resolve` is the one way in."""
 
-from .base import ModelFiles
+from .base import Listing, ModelFiles, NoPartsError, Reference, RemoteFile, Terms
 from .choose import COMPANIONS
-from .hub import hub_weights
+from .fetch import fetched_weights
+from .registry import SOURCES, register_source
 from .remote import Headers
 from .resolve import resolve, resolve_headers
+from .source import RemoteSource, Source
 
-__all__ = ["COMPANIONS", "Headers", "ModelFiles", "hub_weights", "resolve", "resolve_headers"]
+__all__ = [
+    "COMPANIONS",
+    "SOURCES",
+    "Headers",
+    "Listing",
+    "ModelFiles",
+    "NoPartsError",
+    "Reference",
+    "RemoteFile",
+    "RemoteSource",
+    "Source",
+    "Terms",
+    "fetched_weights",
+    "register_source",
+    "resolve",
+    "resolve_headers",
+]

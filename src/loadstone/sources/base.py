@@ -1,12 +1,26 @@
-"""What a source gives: the files of one model at one revision, on this machine's disk."""
+"""What sources speak of: a model as it is asked for, what lies at its place, and its files on this machine's disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from loadstone.errors import TransientSourceError
+from loadstone.errors import SourceError, TransientSourceError
+
+if TYPE_CHECKING:
+    from loadstone.config import RetryConfig
+
+LARGEST_FILE = 2**62
+"""Bytes; a size beyond it is not believed."""
+
+MOST_FILES = 100_000
+"""Names in a listing; a longer one is not believed."""
+
+_IDENTITY = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -15,7 +29,7 @@ class ModelFiles:
 
     `weights` are the .safetensors shards or the one .gguf file, absolute; `folder` holds config.json, the
     tokenizer and the rest beside them. `origin` says where they come from, for people ("Hub:
-    Qwen/Qwen2.5-7B-Instruct"); `revision` is the commit on the Hub.
+    Qwen/Qwen2.5-7B-Instruct"); `revision` is the commit on the Hub, or what says elsewhere that nothing changed.
     """
 
     name: str
@@ -31,24 +45,80 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """One file of a repository, as its hub lists it: `size` in bytes, `identity` of its content in hex.
+class Terms:
+    """How a model is asked for: at which revision, without the network, and how often what fails is tried."""
 
-    A large file's identity is its SHA-256 (64 digits); a small one's is that of its git blob (40 digits).
+    revision: str | None = None
+    offline: bool = False
+    retry: RetryConfig | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One model of a source that files are fetched from.
+
+    `model` is its name without a revision, `path` what its source makes of the name ("org/name"), `revision` a branch,
+    tag or the like (None: the newest), and `variant` picks one of several GGUF files by the end of its name ("Q4_K_M").
+    """
+
+    model: str
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """True when the revision is a digest, of a commit or of the files: what it names never changes."""
+        return self.revision is not None and _IDENTITY.fullmatch(self.revision) is not None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file as its source lists it: `size` in bytes, `identity` of its content in lower-case hex.
+
+    An identity of 64 digits is the SHA-256 of the content, one of 40 that of a git blob. `name` is relative to the
+    model's folder, with "/" between its parts. `place` is for the source that listed it: a URL, say.
     """
 
     name: str
     size: int
     identity: str
+    place: str = ""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a repository at one commit (40 hex digits)."""
+    """The files of a model at one commit: 40 hex digits, which change when any of the files does."""
 
     commit: str
     files: Mapping[str, RemoteFile]
 
+    @classmethod
+    def of(cls, files: Iterable[RemoteFile], commit: str | None = None) -> Listing:
+        """Return the listing of `files`; without a commit, their names and identities make one.
+
+        Raises SourceError for a file without a size or identity that can be believed.
+        """
+        by_name: dict[str, RemoteFile] = {}
+        for file in files:
+            if not isinstance(file.size, int) or not 0 <= file.size <= LARGEST_FILE:
+                raise SourceError(f"{file.name!r} is listed with a size of {file.size!r} bytes")
+            if not _IDENTITY.fullmatch(file.identity):
+                raise SourceError(f"{file.name!r} is listed without the hash of its content")
+            by_name[file.name] = file
+            if len(by_name) > MOST_FILES:
+                raise SourceError(f"more than {MOST_FILES} files are listed, which no model has")
+        return cls(commit or _digest(by_name.values()), by_name)
+
 
 class NoRouteError(TransientSourceError):
-    """The hub could not even be reached: no such name, no route, or a refused connection."""
+    """A place could not even be reached: no such name, no route, or a refused connection."""
+
+
+class NoPartsError(SourceError):
+    """A place gives whole files only, and the part that was asked for is too far into one."""
+
+
+def _digest(files: Iterable[RemoteFile]) -> str:
+    lines = sorted(f"{file.identity} {file.name}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:40]

@@ -89,11 +89,11 @@ def shards_of(index: bytes, file: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_plain_name(name: str, file: str) -> None:
-    """Raise CheckpointError unless `name` names a file that lies right beside the index `file`."""
+def check_plain_name(name: str, file: str, what: str = "the index points to") -> None:
+    """Raise CheckpointError unless `name` names a file that lies right in the folder of `file`, which says it."""
     if not name or name in (".", "..") or re.search(r"[/\\:\x00-\x1f]", name):
         raise CheckpointError(
-            f"the index points to {name!r}; shards must lie in the folder of the index",
+            f"{what} {name!r}; weights must lie in the folder itself",
             file=file,
             hint="Do not trust this checkpoint before you know why.",
         )

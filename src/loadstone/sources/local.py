@@ -11,9 +11,11 @@ import re
 from pathlib import Path
 
 from loadstone.errors import CheckpointError, SourceError
+from loadstone.telemetry import emit
 
-from .base import ModelFiles
+from .base import ModelFiles, Terms
 from .choose import CONFIG, INDEX, LARGEST_INDEX, PICKLES, choose_weights, refuse_pickles, shards_of
+from .source import Source
 
 SUFFIXES = (".safetensors", ".gguf")
 
@@ -30,20 +32,30 @@ def looks_local(model: str) -> bool:
     )
 
 
-def resolve_local(model: str) -> ModelFiles:
-    """Return the files of the model in the folder or file `model`; `~` is the home folder.
+class Local(Source):
+    """Folders and files of this machine; `~` is the home folder."""
 
-    Raises SourceError when nothing is there, CheckpointError when what is there is not a model.
-    """
-    path = Path(os.path.abspath(os.path.expanduser(model)))
-    try:
-        if os.path.isdir(path):
-            return from_folder(path)
-        if os.path.isfile(path):
-            return _from_file(path)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}", hint="Check who may read it.") from error
-    raise _not_there(path)
+    name = "local"
+    summary = "a folder, a .safetensors file or a .gguf file on this machine"
+
+    def resolve(self, model: str, terms: Terms) -> ModelFiles:
+        mention_unused(terms, model)
+        path = Path(os.path.abspath(os.path.expanduser(self.path_of(model))))
+        try:
+            if os.path.isdir(path):
+                return from_folder(path)
+            if os.path.isfile(path):
+                return _from_file(path)
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}", hint="Check who may read it.") from error
+        raise _not_there(path)
+
+
+def mention_unused(terms: Terms, model: str) -> None:
+    """Say that a revision was asked for where there are none."""
+    if terms.revision is not None:
+        message = f"revision {terms.revision!r} is not used: only hubs have revisions"
+        emit("source.warning", model=model, message=message)
 
 
 def from_folder(

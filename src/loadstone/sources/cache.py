@@ -1,6 +1,6 @@
-"""The Hub's own cache on disk, shared with every other program that uses the Hub.
+"""Fetched files on disk, laid out as the Hub's own cache is, which every program that uses the Hub shares.
 
-    hub/models--org--name/
+    ROOT/NAME/                       one model: models--org--name in the Hub's cache
     ├── blobs/IDENTITY               content, named by what it is; IDENTITY.incomplete while it arrives
     ├── snapshots/COMMIT/NAME        links to blobs: the files of one commit by name
     └── refs/REVISION                the commit that a branch or tag was last seen at
@@ -26,7 +26,7 @@ DEFAULT_REVISION = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def cache_root() -> Path:
+def hub_root() -> Path:
     """Return the folder of the Hub's cache, by the Hub's own environment variables, read now."""
     environment = os.environ
     base = environment.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
@@ -37,16 +37,17 @@ def cache_root() -> Path:
 
 
 @dataclass(frozen=True)
-class HubCache:
-    """The part of the cache in `root` that belongs to one repository (`org/name`)."""
+class FileCache:
+    """The folder `name` in `root` that has the files of one model; the setting `knob` moves the root elsewhere."""
 
     root: Path
-    repository: str
+    name: str
+    knob: str = "HF_HOME"
 
     @property
     def folder(self) -> Path:
-        """Where the repository's files are kept."""
-        return self.root / self._folder_name
+        """Where the model's files are kept."""
+        return self.root / self.name
 
     def blob(self, file: RemoteFile) -> Path:
         """Return where the content of `file` is kept once it is whole."""
@@ -58,7 +59,7 @@ class HubCache:
 
     def lock(self, file: RemoteFile) -> Path:
         """Return the lock that every program holds while it fetches this content."""
-        return self.root / ".locks" / self._folder_name / f"{file.identity}.lock"
+        return self.root / ".locks" / self.name / f"{file.identity}.lock"
 
     def snapshot(self, commit: str) -> Path:
         """Return the folder with the files of `commit` by name."""
@@ -124,9 +125,16 @@ class HubCache:
                 blob.unlink()
         return freed
 
-    @property
-    def _folder_name(self) -> str:
-        return "--".join(["models", *self.repository.split("/")])
+    def adopt(self, file: RemoteFile, path: Path) -> None:
+        """Have what another program has at `path`, too; raise OSError where it is on another disk.
+
+        A hard link: whatever takes the file's place there later, this content stays.
+        """
+        blob = self.blob(file)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        aside = blob.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+        os.link(path.resolve(), aside)
+        os.replace(aside, blob)
 
 
 def free_bytes(folder: Path) -> int:
