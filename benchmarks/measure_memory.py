@@ -10,12 +10,9 @@ from typing import Any
 from .process_memory import memory_now
 from .prompts import different_prompts
 
-ANSWER_TOKENS = 16
-SPARE_TOKENS = 32  # prompts are a little longer than asked for, and their answers follow
-
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Return what was planned and what was taken; `task` has the configuration, context and streams."""
+    """Return what was planned and what was taken; `task` has the configuration, streams, and numbers of tokens."""
     from loadstone import ModelManager
 
     manager = ModelManager(task["config"])
@@ -30,13 +27,14 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     def encode(text: str) -> list[int]:
         return model.tokenizer.encode(text, add_special_tokens=True)
 
-    prompts = different_prompts(task["streams"], task["context"] - SPARE_TOKENS - ANSWER_TOKENS, encode)
-    answers = manager.generate_batch(prompts, raw=True, temperature=0, max_new_tokens=ANSWER_TOKENS)
+    prompts = different_prompts(task["streams"], task["prompt_tokens"], encode)
+    answers = manager.generate_batch(prompts, raw=True, temperature=0, max_new_tokens=task["tokens"])
     failed = [str(answer.error) for answer in answers if answer.error is not None]
     if failed:
         raise RuntimeError(failed[0])
     full = memory_now()
     info = manager.get_model_info()
+    manager.unload_model()  # which writes down what it took: later loads of the run are planned with that
     return {
         "before_rss_bytes": before,
         "load_peak_bytes": loaded["peak_rss_bytes"],
@@ -46,6 +44,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "full_rss_bytes": full["rss_bytes"],
         "peak_bytes": full["peak_rss_bytes"],
         "predicted": info["planned_bytes"],
+        "likely_bytes": info["likely_bytes"],
         "kept": info["bytes"],
         "read_tokens": sum(answer.usage.prompt_tokens for answer in answers),
         "load_s": loaded_s,

@@ -43,6 +43,21 @@ def load_4bit(name: str, device: str, threads: int) -> tuple[Any, Any]:
     return AutoTokenizer.from_pretrained(name), load_nf4(name, device, threads, torch.bfloat16)
 
 
+def load_kept(name: str, device: str, threads: int, strategy: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of a checkpoint, kept as one of our strategies is called."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    if strategy == "4bit":
+        return load_4bit(name, device, threads)
+    torch.set_num_threads(threads)
+    kept = BitsAndBytesConfig(load_in_8bit=True) if strategy == "8bit" else None
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.bfloat16, device_map=device, quantization_config=kept
+    )  # fmt: skip
+    return AutoTokenizer.from_pretrained(name), model
+
+
 def load_nf4(name: str, device: str, threads: int, dtype: torch.dtype) -> Any:
     """Return the model of a checkpoint in NF4, doubly quantised; its products and what stays unquantised in `dtype`."""
     import torch

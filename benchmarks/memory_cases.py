@@ -15,6 +15,10 @@ MEMORY_SHAPES = {
 }
 
 
+ANSWER_TOKENS = 16
+SPARE_TOKENS = 32  # prompts are a little longer than asked for, and their answers follow
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to load a model; `is_first` means that the store does not have its weights yet."""
@@ -26,10 +30,19 @@ class Case:
     is_first: bool
 
     @property
+    def wish(self) -> str:
+        """What is asked for, whether the store has it or not: "qwen2.5-0.5b 4bit, 2 × 4096"."""
+        return f"{self.model} {self.strategy}, {self.streams} × {self.context}"
+
+    @property
     def name(self) -> str:
         """For tables, and as a key: "qwen2.5-0.5b 4bit, 2 × 4096, first"."""
-        when = "first" if self.is_first else "later"
-        return f"{self.model} {self.strategy}, {self.streams} × {self.context}, {when}"
+        return f"{self.wish}, {'first' if self.is_first else 'later'}"
+
+
+def prompt_tokens(case: Case) -> int:
+    """Return about how many tokens of a stream's context its prompt fills."""
+    return case.context - SPARE_TOKENS - ANSWER_TOKENS
 
 
 GRID = {

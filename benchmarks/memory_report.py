@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +11,10 @@ from rich.table import Table
 from .memory_cases import Case
 
 TOO_HIGH_SHARE, TOO_HIGH_BYTES = 0.03, 150 << 20  # a prediction may be higher by the larger of the two
+
+HEADINGS = (
+    "load: planned", "taken", "answering: planned", "taken (peak)", "at the end", "too high by", "share", "",
+)  # fmt: skip
 
 
 def predicted(found: Mapping[str, Any]) -> int:
@@ -28,15 +33,24 @@ def is_kept(found: Mapping[str, Any]) -> bool:
     return 0 <= error(found) <= max(TOO_HIGH_SHARE * found["peak_bytes"], TOO_HIGH_BYTES)
 
 
-def table_of(runs: Sequence[tuple[Case, Mapping[str, Any]]]) -> Table:
-    """Return a row for each load; sizes in MB (10⁶ bytes)."""
+@dataclass(frozen=True)
+class Taken:
+    """What a peer (`label`) takes in a case, or says that it would, in bytes; `wish` is the case's."""
+
+    label: str
+    wish: str
+    size: int
+
+
+def table_of(runs: Sequence[tuple[Case, Mapping[str, Any]]], peers: Sequence[Taken] = ()) -> Table:
+    """Return a row for each load, with what peers take in the same case at its end; sizes in MB (10⁶ bytes)."""
     kept = sum(is_kept(found) for _, found in runs)
     table = Table(title=f"Predicted and taken, MB; {kept} of {len(runs)} loads within the bar", title_justify="left")
     table.add_column("load", no_wrap=True)
-    for heading in (
-        "load: planned", "taken", "answering: planned", "taken (peak)", "at the end", "too high by", "share", ""
-    ):  # fmt: skip
+    labels = [*dict.fromkeys(one.label for one in peers)]
+    for heading in (*HEADINGS, *labels):
         table.add_column(heading, justify="right")
+    theirs = {(one.wish, one.label): f"{one.size / 1e6:.0f}" for one in peers}
     for case, found in runs:
         planned, off = found["predicted"], error(found)
         sizes = (
@@ -44,5 +58,7 @@ def table_of(runs: Sequence[tuple[Case, Mapping[str, Any]]]) -> Table:
             found["full_rss_bytes"], off,
         )  # fmt: skip
         share = f"{100 * off / found['peak_bytes']:.1f} %"
-        table.add_row(case.name, *(f"{size / 1e6:.0f}" for size in sizes), share, "" if is_kept(found) else "✗")
+        mark = "" if is_kept(found) else "✗"
+        beside = (theirs.get((case.wish, label), "") for label in labels)
+        table.add_row(case.name, *(f"{size / 1e6:.0f}" for size in sizes), share, mark, *beside)
     return table

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .answers import Answer
-from .measure_transformers import TokenTimes, load_4bit
+from .measure_transformers import TokenTimes, load_kept
 
 
 def open_model(settings: Mapping[str, Any]) -> TransformersModel:
-    """Load the checkpoint `model` on `device`, with as many `threads`."""
-    return TransformersModel(*load_4bit(settings["model"], settings["device"], settings["threads"]))
+    """Load the checkpoint `model` on `device`, with as many `threads`; by `strategy`, in 4 bits unless that is told."""
+    wish = settings["model"], settings["device"], settings["threads"], settings.get("strategy", "4bit")
+    return TransformersModel(*load_kept(*wish))
 
 
 class TransformersModel:

@@ -122,6 +122,7 @@ def test_what_will_fail_again_is_not_transient(error: BaseException) -> None:
         (MemoryError(), True),
         (ResourceError("too large"), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("Invalid buffer size: 8.21 GiB"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory"), False),

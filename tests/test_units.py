@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadstone.units import UNITS, format_age, format_size, parse_age, parse_size
+from loadstone.units import UNITS, format_age, format_size, format_spread, parse_age, parse_size
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,35 @@ def test_a_larger_size_is_never_shown_as_a_smaller_one(one: int, other: int) -> 
 )
 def test_sizes_are_shown_with_three_digits(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (5_000_000_000, 5_200_000_000, "5.1 ± 0.1 GB"),
+        (5_400_000_000, 5_480_000_000, "5.44 ± 0.04 GB"),
+        (520_000_000, 560_000_000, "540 ± 20 MB"),
+        (7_000_000, 7_000_000, "7 MB"),
+    ],
+)
+def test_a_spread_has_one_digit_of_doubt(low: int, high: int, text: str) -> None:
+    assert format_spread(low, high) == text
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**13), st.integers(0, 10**13))
+def test_a_spread_has_both_ends_in_it(one: int, other: int) -> None:
+    """And is at most three times as wide as they are apart."""
+    low, high = sorted((one, other))
+    found = re.fullmatch(r"([0-9.]+) ± ([0-9.]+) (\w+)", format_spread(low, high))
+    if found is None:
+        assert high - low <= 1
+        return
+    middle, spread = (float(number) * UNITS[found[3].lower()] for number in found.groups()[:2])
+    doubt = 1e-9 * high
+    assert middle - spread <= low + doubt
+    assert high - doubt <= middle + spread
+    assert spread <= 1.5 * (high - low) + doubt
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, RuntimeError) and (
         "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
-    )
+        or "invalid buffer size" in text  # larger than Metal takes in one
+    )  # fmt: skip
 
 
 class handle_exceptions(ContextDecorator):

@@ -23,9 +23,10 @@ from .hardware.speeds import Speeds, machine_speeds
 from .light import OWN_FORM, light_files
 from .planner import Expected, Machine, Plan, expect, find_machine
 from .planner import plan as decide
-from .planner.accuracy import Allowance, allowance_of, kind_of, read_records
+from .planner.accuracy import allowance_of, kind_of, read_records
+from .planner.deciding import allowed_for
 from .planner.own import kept_name, own_strategy
-from .planner.runtime import BARE, REST, TORCH, runtime_bytes
+from .planner.runtime import BARE, TORCH, Allowance, runtime_bytes
 from .quantization import AUTO, STRATEGIES, find_strategy
 from .quantization.base import Strategy
 from .sources import Headers, resolve_headers
@@ -152,7 +153,7 @@ class _Forecasting:
         has_torch = machine is None and "torch" in sys.modules  # which a load's process has
         process = (self.resident if machine is None else BARE) + (0 if has_torch else TORCH)
         records = read_records(cache_folder()) if machine is None else []
-        self.learned = allowance_of(records, kind_of(self.device, self.settings), otherwise=REST)
+        self.learned = allowance_of(records, kind_of(self.device, self.settings))
         self.runtime_bytes = runtime_bytes(
             self.spec, self.device.kind, process, is_ready=False, rest=self.learned.bytes
         )  # fmt: skip
@@ -197,7 +198,7 @@ class _Forecasting:
     def _plan(self, wish: LoadConfig, device: Device, strategy: str | None = None) -> Plan:
         return decide(
             wish, self.spec, device, self.settings, runtime_bytes=self.runtime_bytes, resident_bytes=self.resident,
-            is_kept=self._is_in_store, strategy=strategy,
+            is_kept=self._is_in_store, strategy=strategy, learned=self.learned,
         )  # fmt: skip
 
     def _rows(self, chosen: Plan | None) -> Iterator[Row]:
@@ -213,27 +214,25 @@ class _Forecasting:
     def _row(self, strategy: Strategy, chosen: Plan | None) -> Row:
         name = strategy.name
         wish = self.wish.model_copy(update={"force": False})
-        found, refusal = (chosen, None) if chosen and chosen.strategy == name else self._decided(wish, name)
-        if found is None:
-            found = self._priced(wish, refusal, name)
-        fits = found.needed_bytes <= found.allowed_bytes
+        found = chosen if chosen and chosen.strategy == name else self._decided(wish, name)[0]
+        fits = found is not None and not found.forced
+        found = found or self._priced(wish, name)
         is_kept = self.store is not None and type(strategy).layout is not Strategy.layout
         expected = expect(found, self.spec, self.speeds, file_bytes=self.file_bytes, is_kept=is_kept)
         return Row(name, strategy.summary, fits, found, expected, self._is_in_store(name))
 
-    def _priced(self, wish: LoadConfig, refusal: ResourceError | None, strategy: str) -> Plan:
+    def _priced(self, wish: LoadConfig, strategy: str) -> Plan:
         """Return what a strategy that does not fit would take, as it would on a device without end."""
-        endless = replace(self.device, total_bytes=UNBOUNDED, free_bytes=UNBOUNDED)
+        endless = replace(self.device, total_bytes=UNBOUNDED, free_bytes=UNBOUNDED, largest_buffer_bytes=None)
         found = self._plan(wish.model_copy(update={"max_memory": None}), endless, strategy)
-        allowed = refusal.allowed if refusal is not None and refusal.allowed is not None else 0
-        return replace(found, device=self.device, allowed_bytes=allowed)
+        return replace(found, device=self.device, allowed_bytes=allowed_for(wish, self.device, self.resident)[0])
 
     def _verdict(self, plan: Plan | None, refusal: ResourceError | None) -> str:
         if plan is None:
             return FITS_WITH_LESS if refusal is not None and refusal.would_fit else DOES_NOT_FIT
         if plan.forced:
             return DOES_NOT_FIT
-        wished = self._priced(self.wish, None, plan.strategy)
+        wished = self._priced(self.wish, plan.strategy)
         return FITS if plan.context >= wished.context and plan.streams >= wished.streams else FITS_WITH_LESS
 
     def _look_in_store(self, strategy: str) -> bool:

@@ -131,6 +131,8 @@ class LoadedModel:
                 "weights": sum(plan.weight_bytes.values()),
                 **plan.other_bytes,
             },
+            "likely_bytes": plan.likely_bytes,
+            "likely": plan.likely,
             "load_seconds": dict(self.phases),
             "store": self._kept(),
             "context": plan.context,

@@ -5,6 +5,7 @@ GB is 10⁹ bytes and GiB is 2³⁰, as IEC 80000-13 has it; case and a space be
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
@@ -13,6 +14,7 @@ UNITS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+_LARGE = (("TB", 4), ("GB", 3), ("MB", 2), ("KB", 1))  # powers of 1000
 # No "m": whoever means months by it would lose what is six minutes old.
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _NAMED_AGES = (("year", 365 * 86_400), ("month", 30 * 86_400), ("day", 86_400), ("hour", 3600), ("minute", 60))
@@ -57,6 +59,19 @@ def format_size(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB" if value < 999.5 else f"{value:.0f} TB"
+
+
+def format_spread(low: int, high: int) -> str:
+    """Return what is between two sizes for a person, in one digit of doubt: "5.1 ± 0.1 GB"; both are in that."""
+    half = (high - low) / 2
+    if low < 0 or half < 0.5:
+        return format_size(high)
+    name, unit = next(((name, 1000**power) for name, power in _LARGE if high >= 1000**power), ("B", 1))
+    digits = -math.floor(math.log10(half / unit))  # after the point; below 0 before it
+    middle = round((low + high) / 2 / unit, digits)
+    spread = math.ceil(max(high / unit - middle, middle - low / unit) * 10**digits - 1e-9) / 10**digits
+    places = max(0, digits)
+    return f"{middle:.{places}f} ± {spread:.{places}f} {name}"
 
 
 def parse_age(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,10 @@ import pytest
 import loadstone
 from loadstone import ConfigurationError, ResourceError
 from loadstone.cli.bar import BLOCKS, PLAIN, draw
+from loadstone.folders import cache_folder
+from loadstone.hardware import get_device_manager
 from loadstone.hardware.speeds import Figure, Speeds
+from loadstone.planner.accuracy import LoadRecord, add_record, kind_of
 
 SPEEDS = Speeds(Figure(30e9, "measured here just now"), Figure(200e9, "measured here just now"))
 GB = 10**9
@@ -79,7 +83,7 @@ def test_what_fits_only_with_less_context_is_told_so(cli):
 
 def test_a_context_that_was_not_asked_for_is_shortened_and_goes_ahead(cli):
     """It exits with 0, because a load would go ahead."""
-    code, about = told(cli, "smollm2", "--streams", "16", "--max-memory", "2.2GB", "--device", "cpu")
+    code, about = told(cli, "smollm2", "--streams", "16", "--max-memory", "1.9GB", "--device", "cpu")
     assert (code, about["verdict"]) == (0, "fits with less")
     assert 512 <= about["plan"]["context"] < 4096
 
@@ -278,9 +282,30 @@ def test_what_loads_took_is_told_beside_what_was_planned(cli, smollm2, small_mod
     assert ended.code == 0
     last = json.loads(ended.out)["loads"][-1]
     assert (last["model"], last["strategy"], last["context"]) == ("small-model", "4bit", 64)
-    assert last["beside"] > 100_000_000
+    assert last["beside"] >= last["idle"] > 100_000_000
     assert last["too_high_by"]
     assert "small-model" in cli("plan", "--accuracy").out
+
+
+def test_a_plan_says_between_what_it_will_be_and_from_how_many_loads(cli, home, monkeypatch, tmp_path):
+    """Before there are enough loads of its kind it says what it plans for."""
+    monkeypatch.setenv("LOADSTONE_HOME", str(tmp_path))
+    arguments = ("plan", "smollm2", "--context", "1k", "--device", "cpu")
+    likely = json.loads(cli(*arguments, "--json").out)["plan"]["likely"]
+    assert (likely["low"], likely["high"], likely["loads"]) == (None, None, 0)
+    device = get_device_manager().resolve("cpu")
+    kind = kind_of(device, get_device_manager().optimize_memory_settings(device))
+    for number in range(4):
+        sizes = {"planned_load_peak": 600, "planned_model": 200, "planned_runtime": 400, "planned_activations": 50}
+        seen = {"beside": 380 + 10 * number, "idle": 370}
+        sizes = {name: size * 10**6 for name, size in {**sizes, **seen, "allowance": 50, "process_peak": 500}.items()}
+        more = {"context": 512, "streams": 1, "from_store": True, "seconds": 1.0}
+        record = LoadRecord(str(number), 1.0, "m", "4bit", kind, **more, **sizes)
+        add_record(cache_folder(), record)
+    about = json.loads(cli(*arguments, "--json").out)["plan"]
+    assert about["likely"]["loads"] == 4
+    assert about["likely"]["low"] < about["likely"]["high"] < max(about["bytes"]["load_peak"], about["bytes"]["steady"])
+    assert re.search(r"likely +[0-9]+ ± [0-9]+ MB, from 4 loads", cli(*arguments).out)
 
 
 def test_a_model_is_needed_for_a_plan(cli):

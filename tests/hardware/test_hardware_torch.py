@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.hardware import Unusable, _torch, cuda, mps, xpu
+from loadstone.hardware import Unusable, _torch, cuda, memory_limits, mps, xpu
 from loadstone.telemetry import Event, subscribe
 
 GB = 10**9
@@ -89,6 +89,14 @@ def test_mps_shares_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -
     (device,) = mps.probe()
     assert device.free_bytes < 10**15
     assert device.torch_name == "mps"
+    assert device.largest_buffer_bytes == memory_limits().physical_bytes // 2
+
+
+def test_mps_has_no_more_than_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less what torch has there already."""
+    monkeypatch.setattr(_torch, "mps_memory", lambda: (1000, 400))
+    (device,) = mps.probe()
+    assert (device.total_bytes, device.free_bytes) == (1000, 600)
 
 
 def test_hardware_is_imported_and_the_processor_found_without_torch() -> None:

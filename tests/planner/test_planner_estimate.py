@@ -166,7 +166,7 @@ def test_more_context_or_streams_never_need_less(context: int, more: int, stream
 @settings(max_examples=80, deadline=None)
 def test_longest_context_fits_and_one_step_more_does_not(allowed: int, shortest: int, longest: int) -> None:
     found = estimator(spec=tiny())
-    context = found.longest(allowed, shortest=shortest, longest=longest)
+    context = found.longest(lambda one: one.needed_bytes <= allowed, shortest=shortest, longest=longest)
     if context is None:
         assert found.at(shortest).needed_bytes > allowed
         return

@@ -17,7 +17,7 @@ from loadstone.checkpoint.spec import ModelSpec
 from loadstone.config import LoadConfig
 from loadstone.errors import ConfigurationError, ResourceError
 from loadstone.hardware import Device
-from loadstone.planner import Plan, plan
+from loadstone.planner import Plan, find_machine, plan
 from loadstone.units import format_size
 
 RUNTIME = GB // 2
@@ -263,3 +263,56 @@ def test_plan_is_made_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- a device that bounds each buffer ---------------------------------------------------------------------------------
+
+
+def mac(memory: int, *, largest: int | None) -> Device:
+    return Device("mps", 0, "Mac", memory, memory, reason="the only one", largest_buffer_bytes=largest)
+
+
+def test_a_context_whose_keys_are_larger_than_a_buffer_is_shortened() -> None:
+    """28 KiB a token, in one piece; with memory for all of it."""
+    wish = {"context": "auto", "streams": 8}
+    assert decide(mac(64 * GB, largest=None), **wish).context == QWEN.max_context
+    found = decide(mac(64 * GB, largest=4 * GB), **wish)
+    assert 4096 < found.context < QWEN.max_context
+    assert found.kv_bytes // 2 <= 4 * GB
+    assert has_reason(found, "no tensor above 4 GB: as much as one buffer of mps may have")
+
+
+def test_a_context_asked_for_that_is_larger_than_a_buffer_is_refused_with_both_sizes() -> None:
+    with pytest.raises(ResourceError, match=r"keys of the KV cache would take 7\.52 GB in one") as caught:
+        decide(mac(64 * GB, largest=4 * GB), context=32_768, streams=8)
+    assert caught.value.allowed == 4 * GB
+    assert (caught.value.needed or 0) > 4 * GB
+    (only,) = caught.value.would_fit
+    assert only.startswith("quantization 4bit with context ")
+
+
+def test_scores_that_are_larger_than_a_buffer_are_made_in_smaller_chunks() -> None:
+    found = decide(mac(64 * GB, largest=2 * GB), context=32_768)
+    assert found.context == 32_768
+    assert found.settings.prefill_chunk < GPU_SETTINGS.prefill_chunk
+
+
+def test_a_weight_that_is_larger_than_a_buffer_is_refused() -> None:
+    """Nothing here splits a weight; the embedding has 1.09 GB. Forcing tries all the same."""
+    device = mac(64 * GB, largest=GB)
+    with pytest.raises(
+        ResourceError, match=r"largest weight would take 1\.09 GB in one piece, and mps"
+    ) as caught:
+        decide(device, context=512)
+    assert caught.value.would_fit == ()
+    assert "device cpu" in (caught.value.hint or "")
+    found = decide(device, context=512, force=True)
+    assert found.forced
+    assert has_reason(found, "forced: the largest weight would take 1.09 GB in one piece")
+
+
+def test_auto_counts_pieces_too() -> None:
+    """16 GB, of which Metal recommends two thirds: as planned for a machine that one does not have."""
+    found = decide(find_machine("m2-16gb").device, quantization="auto")
+    assert found.strategy == "8bit"
+    assert found.allowed_bytes == round(16 * 2**30 * 2 / 3)

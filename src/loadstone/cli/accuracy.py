@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from loadstone.planner.accuracy import LoadRecord
 
 TITLES = (
-    "when", "model", "strategy", "streams × context", "from", "load: planned", "taken", "beside: planned", "taken",
-    "too high by",
+    "when", "model", "strategy", "streams × context", "from", "load: planned", "taken", "beside: planned", "at most",
+    "at the end", "too high by",
 )  # fmt: skip
 NOT_SEEN = "?"
 
@@ -32,12 +32,12 @@ def tell_accuracy(*, as_json: bool) -> None:
     heading(sys.stdout, f"{len(records)} loads remembered in {cache_folder() / NAME}", is_first=True)
     if records:
         table(sys.stdout, TITLES, [_cells(one) for one in records])
-        text = "what the process had beside weights and KV cache when it let go of them; ? was not seen"
+        text = "what the process had beside weights and KV cache from the load to the end; ? was not seen"
         rows(sys.stdout, [("beside", text)])
 
 
 def _facts(one: LoadRecord) -> dict[str, Any]:
-    return {**vars(one), "too_high_by": one.errors}
+    return {**vars(one), "planned_beside": one.planned_beside, "too_high_by": one.errors}
 
 
 def _cells(one: LoadRecord) -> tuple[str, ...]:
@@ -56,5 +56,6 @@ def _cells(one: LoadRecord) -> tuple[str, ...]:
         size(one.load_peak),
         format_size(one.planned_beside),
         size(one.beside),
+        size(one.idle),
         NOT_SEEN if off is None else f"{sign}{format_size(abs(off))}",
     )

@@ -96,7 +96,7 @@ def _as_json(found: Forecast) -> dict[str, Any]:
         "plan": found.plan and plan_facts(found.plan),
         "refusal": found.refusal and refusal_facts(found.refusal),
         "would_fit": list(found.would_fit),
-        "learned": vars(found.learned),
+        "learned": {"bytes": found.learned.bytes, "loads": found.learned.loads},
         "strategies": [_row_facts(row, found) for row in found.rows],
         "machine": _machine_facts(found),
     }
@@ -240,10 +240,6 @@ def _notes(found: Forecast) -> list[Row]:
     text = f"first token after a prompt of {PROMPT_TOKENS} tokens; tok/s of one stream at {half} tokens"
     fetching = "; first load after fetching" if found.missing_bytes else ""
     told = [("expected", text + fetching)]
-    if found.learned.loads:
-        low, high = map(format_size, found.learned.too_high)
-        text = f"from {found.learned.loads} loads here: plans like these would have been {low} to {high} too high"
-        told.append(("learned", text))
     return told + [("not known", reason) for reason in unknown]
 
 

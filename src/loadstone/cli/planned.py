@@ -34,6 +34,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             "weights": dict(plan.weight_bytes),
             **plan.other_bytes,
         },
+        "likely": likely_facts(plan),
         "reasons": list(plan.reasons),
     }
 
@@ -42,6 +43,12 @@ def quantized_facts(spec: ModelSpec) -> dict[str, Any] | None:
     """Return how a checkpoint's weights are quantised already, None where they are not."""
     found = spec.quantized
     return None if found is None else {**asdict(found), "summary": found.summary}
+
+
+def likely_facts(plan: Plan) -> dict[str, Any]:
+    """Return what earlier loads have the most at any time be, in bytes (null: too few of them), and in words."""
+    low, high = plan.likely_bytes or (None, None)
+    return {"low": low, "high": high, "loads": plan.learned.loads, "text": plan.likely}
 
 
 def refusal_facts(error: ResourceError) -> dict[str, Any]:
@@ -66,6 +73,7 @@ def plan_rows(plan: Mapping[str, Any]) -> list[Row]:
             f"{format_size(sizes['load_peak'])} to load, {format_size(sizes['steady'])} to answer; "
             f"{format_size(sizes['allowed'])} is allowed",
         ),
+        ("likely", plan["likely"]["text"]),
         *(("" if index else "because", reason) for index, reason in enumerate(plan["reasons"])),
     ]
 

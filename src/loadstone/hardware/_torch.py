@@ -136,10 +136,7 @@ def _one_xpu(index: int) -> XpuFacts:
 
 
 def mps_memory() -> tuple[int, int] | str:
-    """Return (total, in use) bytes of Apple's GPU as Metal recommends them, or why there is none.
-
-    Metal also bounds each buffer, which torch (2.13) does not tell.
-    """
+    """Return (total, in use) bytes of Apple's GPU as Metal recommends them, or why there is none."""
     if sys.platform != "darwin":
         return "MPS is a Mac's"
     import torch

@@ -11,7 +11,8 @@ class Device:
 
     `free_bytes` is what this process can really get there now: for `cpu` that is the least of physical
     memory and every cgroup above the process. `capabilities` are names such as "avx2", "avx512_bf16",
-    "bfloat16", "neon".
+    "bfloat16", "neon". `largest_buffer_bytes` is the most that one tensor may take there, None where only memory
+    bounds it.
     """
 
     kind: str  # cpu | cuda | mps | …
@@ -23,6 +24,7 @@ class Device:
     capabilities: frozenset[str] = frozenset()
     reason: str = ""
     passed_over: tuple[str, ...] = ()
+    largest_buffer_bytes: int | None = None
 
     @property
     def torch_name(self) -> str:

@@ -12,12 +12,19 @@ def probe() -> list[Device] | str:
     """Return Apple's GPU, or why there is none.
 
     It shares the machine's memory, so what is free there is the lesser of what Metal recommends and what is
-    free.
+    free. Metal also bounds each buffer. torch (2.13) does not tell by how much; it is half of the machine's memory or
+    somewhat more.
     """
     memory = _torch.mps_memory()
     if isinstance(memory, str):
         return memory
     total, used = memory
-    free = max(0, min(total - used, memory_limits().free_bytes))
+    limits = memory_limits()
+    free = max(0, min(total - used, limits.free_bytes))
     name = f"{processor_name()} GPU"
-    return [Device("mps", 0, name, total_bytes=total, free_bytes=free, capabilities=frozenset({"float16"}))]
+    return [
+        Device(
+            "mps", 0, name, total_bytes=total, free_bytes=free, capabilities=frozenset({"float16"}),
+            largest_buffer_bytes=limits.physical_bytes // 2,
+        )
+    ]  # fmt: skip

@@ -19,14 +19,14 @@ from loadstone.checkpoint.tokenizer import Tokenizer
 from loadstone.config import ConfigManager
 from loadstone.errors import ConfigurationError, ResourceError, is_out_of_memory
 from loadstone.folders import cache_folder
-from loadstone.hardware import DeviceManager, may_have_gpu, memory_limits, peak_rss, process_rss
+from loadstone.hardware import Device, DeviceManager, MemorySettings, may_have_gpu, memory_limits, peak_rss, process_rss
 from loadstone.light import light_files, lighten
 from loadstone.loaded import LoadedModel, PreparedModel
 from loadstone.memory import forget_frames, give_back
 from loadstone.planner import Below, Plan, plan, runtime_bytes
 from loadstone.planner.accuracy import add_record, allowance_of, kind_of, read_records, record_of
 from loadstone.planner.own import kept_name
-from loadstone.planner.runtime import LIBRARIES, REST
+from loadstone.planner.runtime import LIBRARIES
 from loadstone.quantization import AUTO, find_strategy
 from loadstone.sources import ModelFiles, resolve
 from loadstone.startup import importing_torch
@@ -70,7 +70,6 @@ class Loading:
     def __init__(self, config: ConfigManager, devices: DeviceManager, ground: Ground | None = None) -> None:
         self.config, self._devices, self._ground = config, devices, ground or Ground()
         self._has_weights = False
-        self._rest = REST  # what was planned for beside all that is counted
 
     def load(self) -> LoadedModel:
         """Return the model, ready to answer."""
@@ -120,10 +119,12 @@ class Loading:
             engine = Engine(decoder, decided.tokenizer, decided.template, decision, self.config.config.engine)
         layers = self.config.generation_layers(decided.spec.generation)
         taken = {**decoder.weight_bytes(), "kv_cache": engine.cache_bytes}
+        peak, from_store = peak_rss(), decoder.attached is not None
         record = record_of(
-            decided.spec, decision, sum(phases.values()), allowance=self._rest, from_store=decoder.attached is not None
+            decided.spec, decision, sum(phases.values()), kind=self._kind(decision.device, decision.settings),
+            from_store=from_store, process_peak=peak,
         )  # fmt: skip
-        if (peak := peak_rss()) > peak_before and not record.from_store and decision.device.kind == "cpu":
+        if peak > peak_before and not from_store and decision.device.kind == "cpu":
             record = replace(record, load_peak=peak)
         add_record(cache_folder(), record)
         return LoadedModel(decided.spec, decision, decoder, decided.tokenizer, engine, taken, phases, layers, record)
@@ -149,8 +150,10 @@ class Loading:
             spec = inspect(files).leaving_alone(self.config.config.model.left_alone)
             tokenizer, template = load_tokenizer(spec), load_chat_template(spec)  # or the long work were in vain
             torch_is_there()
-        with self._phase("plan", phases):
-            return files, Decided(spec, tokenizer, template, self._plan(spec, is_ready=True), phases)
+        with self._phase("plan", phases) as told:
+            decision = self._plan(spec, is_ready=True)
+            told |= {"needed": decision.needed_bytes, "allowed": decision.allowed_bytes, "likely": decision.likely}
+        return files, Decided(spec, tokenizer, template, decision, phases)
 
     def _keep(self, decided: Decided) -> tuple[Entry | None, bool, str | None]:
         """Return the store's entry for a plan and whether it was made now, or why there is none."""
@@ -189,9 +192,9 @@ class Loading:
             has_kernels = cpu_kernels() is not None  # brought in now, so that what they take is seen
         ground, resident = self._ground, process_rss() if device.kind == "cpu" else 0
         process = resident if ground.process is None else ground.process
-        self._rest = allowance_of(read_records(cache_folder()), kind_of(device, settings), otherwise=REST).bytes
+        learned = allowance_of(read_records(cache_folder()), self._kind(device, settings))
         runtime = runtime_bytes(
-            spec, device.kind, process, is_ready=is_ready, has_kernels=has_kernels, rest=self._rest
+            spec, device.kind, process, is_ready=is_ready, has_kernels=has_kernels, rest=learned.bytes
         )  # fmt: skip
         if device.kind == "cpu":
             runtime = max(process, ground.settled or runtime)
@@ -203,8 +206,11 @@ class Loading:
 
         return plan(
             wish, spec, device, settings,
-            runtime_bytes=runtime, resident_bytes=resident, is_kept=is_kept, below=below,
+            runtime_bytes=runtime, resident_bytes=resident, is_kept=is_kept, below=below, learned=learned,
         )  # fmt: skip
+
+    def _kind(self, device: Device, settings: MemorySettings) -> str:
+        return kind_of(device, settings, again=self._ground.settled > 0)
 
     def store(self) -> Store | None:
         """Return the configured store, or None where it is switched off."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loadstone.folders import cache_folder
+from loadstone.hardware import peak_rss
 from loadstone.loaded import LoadedModel
 from loadstone.memory import give_back, let_code_go
 from loadstone.planner.accuracy import add_record
@@ -65,9 +66,14 @@ class Retiring:
         self._shells = [weakref.ref(one) for one in (model, model.engine, model.decoder)]
 
     def remember(self, model: LoadedModel) -> None:
-        """Write down what the process had beside the model, which later plans learn from."""
-        if model.record is not None and model.plan.device.kind == "cpu":
-            add_record(cache_folder(), replace(model.record, beside=footprint(self._pieces).other))
+        """Write down what the process has and had beside the model, which later plans learn from."""
+        record = model.record
+        if record is None or model.plan.device.kind != "cpu":
+            return
+        now, peak = footprint(self._pieces), peak_rss()
+        model_bytes = now.resident - now.other  # pages of weights and cache only come as answers are made
+        most = max(now.other, peak - model_bytes) if peak > record.process_peak else now.other
+        add_record(cache_folder(), replace(record, beside=most, idle=now.other))
 
     def receipt(self) -> Receipt:
         """Return what came of it; call when nobody should have the model any more."""

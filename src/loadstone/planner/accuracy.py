@@ -20,24 +20,28 @@ from loadstone.hardware.device import Device, MemorySettings
 from loadstone.telemetry import emit
 
 from .plan import Plan
+from .runtime import REST, Allowance
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec
 
 NAME = "loads.jsonl"
 KEPT = 256  # records in the file; the oldest go
-RECENT = 16  # records of a kind that are learned from
+LARGEST_FILE = 1 << 20  # bytes of it that are read, the last ones: it is small, unless somebody else wrote it
+RECENT = 16  # records of a kind that are learned from: what an older version of a library took is forgotten with them
 ENOUGH = 3  # of them, before anything is learned
 MARGIN = 24_000_000  # bytes above the most that was seen: the next load may take a little more
+FOREIGN = 500_000_000  # bytes that no library takes: something else in the process grew meanwhile
 
 
 @dataclass(frozen=True)
 class LoadRecord:
     """One load: what it was planned to take, and took, in bytes; None is what was not seen.
 
-    `kind` is what the unknown part depends on, such as "cpu, 2 threads"; `allowance` is what was planned for it.
-    `load_peak` is of making the weights; `beside` is what the process had beside weights and KV cache when it let go
-    of them.
+    `kind` is what the unknown part depends on, such as "cpu, 2 threads"; `allowance` is what was planned for it, and is
+    in `planned_runtime`. `planned_model` is weights and KV cache. Of what was taken `load_peak` is all that the process
+    had while weights were made; `beside` is the most that it had beside weights and KV cache afterwards, and `idle`
+    what it had beside them when the model was let go of. `process_peak` is the process's when the load was done.
     """
 
     id: str
@@ -51,9 +55,18 @@ class LoadRecord:
     seconds: float
     allowance: int
     planned_load_peak: int
-    planned_beside: int
+    planned_model: int
+    planned_runtime: int
+    planned_activations: int
+    process_peak: int
     load_peak: int | None = None
     beside: int | None = None
+    idle: int | None = None
+
+    @property
+    def planned_beside(self) -> int:
+        """What was planned for beside weights and KV cache."""
+        return self.planned_runtime + self.planned_activations
 
     @property
     def errors(self) -> list[int]:
@@ -61,62 +74,78 @@ class LoadRecord:
         pairs = ((self.planned_load_peak, self.load_peak), (self.planned_beside, self.beside))
         return [planned - taken for planned, taken in pairs if taken is not None]
 
+    @property
+    def too_high(self) -> int | None:
+        """By how many bytes the most at any time was planned too high, had the KV cache been full; None: not seen."""
+        if self.beside is None:
+            return None
+        planned = max(self.planned_load_peak, self.planned_model + self.planned_beside)
+        return planned - max(self.load_peak or 0, self.planned_model + self.beside)
 
-@dataclass(frozen=True)
-class Allowance:
-    """What is planned for beside what is counted, in bytes, as `loads` loads taught.
+    @property
+    def rest(self) -> int | None:
+        """What it took, as far as was seen, of that for which the allowance is; None where nothing was seen.
 
-    Plans of them were too high by `too_high` bytes, from the least to the most; without enough of them, it is the
-    allowance of before.
-    """
-
-    bytes: int
-    loads: int = 0
-    too_high: tuple[int, int] = (0, 0)
-
-
-def kind_of(device: Device, settings: MemorySettings) -> str:
-    """Return the kind of loads on a device."""
-    return f"{device.kind}, {settings.threads} threads" if settings.threads else device.torch_name
+        While nobody asks that is all that came after the plan. While somebody does, or the model is loaded, it is what
+        was taken beyond what is counted for that.
+        """
+        seen = [self.allowance - one for one in self.errors]
+        if self.idle is not None:
+            seen.append(self.idle - (self.planned_runtime - self.allowance))
+        return max(seen, default=None)
 
 
-def record_of(spec: ModelSpec, plan: Plan, seconds: float, *, allowance: int, from_store: bool) -> LoadRecord:
+def kind_of(device: Device, settings: MemorySettings, *, again: bool = False) -> str:
+    """Return the kind of loads on a device; `again` are those of a process that has all but the model already."""
+    kind = f"{device.kind}, {settings.threads} threads" if settings.threads else device.torch_name
+    return f"{kind}, again" if again else kind
+
+
+def record_of(
+    spec: ModelSpec, plan: Plan, seconds: float, *, kind: str, from_store: bool, process_peak: int
+) -> LoadRecord:
     """Return the record of a load that took so many seconds, with what was planned for it."""
     return LoadRecord(
         id=uuid.uuid4().hex,
         time=time.time(),
         model=spec.name,
         strategy=plan.strategy,
-        kind=kind_of(plan.device, plan.settings),
+        kind=kind,
         context=plan.context,
         streams=plan.streams,
         from_store=from_store,
         seconds=seconds,
-        allowance=allowance,
+        allowance=plan.learned.bytes,
         planned_load_peak=plan.load_peak_bytes,
-        planned_beside=plan.runtime_bytes + plan.activation_bytes,
+        planned_model=sum(plan.weight_bytes.values()) + plan.kv_bytes,
+        planned_runtime=plan.runtime_bytes,
+        planned_activations=plan.activation_bytes,
+        process_peak=process_peak,
     )
 
 
-def allowance_of(records: Iterable[LoadRecord], kind: str, *, otherwise: int) -> Allowance:
+def allowance_of(records: Iterable[LoadRecord], kind: str, *, otherwise: int = REST) -> Allowance:
     """Return what to plan for a load of this kind beside what is counted, from the latest records of it.
 
-    It is never less than `otherwise`: what was too much for some loads may be just enough for the next.
+    That is the most that one of them took, and a margin. It is less than `otherwise` only where enough of them were
+    seen to their end: what a load took before the first answer is not all.
     """
-    recent = [one for one in records if one.kind == kind and one.errors][-RECENT:]
+    recent = [one for one in records if one.kind == kind and one.rest is not None and one.rest < FOREIGN][-RECENT:]
     if len(recent) < ENOUGH:
         return Allowance(otherwise)
-    most = max(one.allowance - min(one.errors) for one in recent)
-    allowance = max(otherwise, most + MARGIN)
-    # By how much each would have been off with this allowance, in the phase where it was off least.
-    off = [allowance - one.allowance + min(one.errors) for one in recent]
-    return Allowance(allowance, len(recent), (min(off), max(off)))
+    allowance = max(one.rest for one in recent if one.rest is not None) + MARGIN
+    if sum(one.idle is not None for one in recent) < ENOUGH:
+        allowance = max(allowance, otherwise)
+    off = [allowance - one.allowance + one.too_high for one in recent if one.too_high is not None]
+    return Allowance(allowance, len(off), (min(off), max(off)) if off else (0, 0))
 
 
 def read_records(folder: Path) -> list[LoadRecord]:
     """Return the records in a folder, oldest first; those that cannot be read are left out."""
     try:
-        lines = (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+        with (folder / NAME).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LARGEST_FILE))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found: dict[str, LoadRecord] = {}
@@ -143,14 +172,20 @@ def add_record(folder: Path, record: LoadRecord) -> None:
 def _write(file: Path, records: Sequence[LoadRecord]) -> None:
     """Put records in place of a file's, all or nothing."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as out:
-        out.writelines(json.dumps(asdict(one)) + "\n" for one in records)
-    os.replace(out.name, file)
+        try:
+            out.writelines(json.dumps(asdict(one)) + "\n" for one in records)
+            out.close()
+            os.replace(out.name, file)
+        except BaseException:
+            os.unlink(out.name)
+            raise
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "id": (str,), "time": (int, float), "model": (str,), "strategy": (str,), "kind": (str,), "context": (int,),
     "streams": (int,), "from_store": (bool,), "seconds": (int, float), "allowance": (int,),
-    "planned_load_peak": (int,), "planned_beside": (int,),
+    "planned_load_peak": (int,), "planned_model": (int,), "planned_runtime": (int,), "planned_activations": (int,),
+    "process_peak": (int,),
 }  # fmt: skip
 
 

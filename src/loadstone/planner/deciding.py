@@ -23,6 +23,7 @@ from .ladder import CONTEXT_UNLESS_ASKED, LADDER, SHORTEST_CONTEXT, SMALLEST_CHU
 from .own import NEAREST, own_strategy
 from .plan import Plan
 from .refusal import refusal
+from .runtime import NOTHING_LEARNED, Allowance
 
 if TYPE_CHECKING:
     from loadstone.checkpoint.spec import ModelSpec
@@ -40,6 +41,7 @@ def plan(
     is_kept: Callable[[str], bool] = lambda strategy: False,
     below: Below | None = None,
     strategy: str | None = None,
+    learned: Allowance = NOTHING_LEARNED,
 ) -> Plan:
     """Return how `wish` is met for `spec` on `device`, or raise ResourceError saying what would fit.
 
@@ -48,12 +50,12 @@ def plan(
     the processor), which counts as used in `device.free_bytes` and is this process's own. `is_kept` tells whether the
     store has the weights in a strategy already, so that loading needs no memory beside them. `below` names a plan that
     memory did not suffice for: what is returned then takes less. `strategy` is to be planned for whatever the wish says
-    of quantization. Raises ConfigurationError for a context that the
-    model does not have.
+    of quantization. `learned` is what earlier loads taught, and is in `runtime_bytes`. Raises ConfigurationError for a
+    context that the model does not have.
     """
     if resident_bytes is None:
         resident_bytes = process_rss() if device.kind == "cpu" else 0
-    deciding = Deciding(wish, spec, device, settings, runtime_bytes, resident_bytes, is_kept, strategy)
+    deciding = Deciding(wish, spec, device, settings, runtime_bytes, resident_bytes, is_kept, learned, strategy)
     return deciding.decide() if below is None else deciding.step_down(below)
 
 
@@ -69,11 +71,13 @@ class Deciding:
         runtime_bytes: int,
         resident_bytes: int,
         is_kept: Callable[[str], bool],
+        learned: Allowance,
         strategy: str | None = None,
     ) -> None:
         self.wish, self.spec, self.device, self.settings = wish, spec, device, settings
-        self.allowed, self.allowed_reason = _allowed(wish, device, resident_bytes)
+        self.allowed, self.allowed_reason = allowed_for(wish, device, resident_bytes)
         self.runtime_bytes = runtime_bytes
+        self._learned = learned
         self._is_kept = cache(is_kept)
         self.longest, self.shortest = _contexts(wish, spec)
         self._estimators: dict[Way, Estimator] = {}
@@ -129,7 +133,7 @@ class Deciding:
             self.allowed_reason = f"less than the {format_size(plan.needed_bytes)} that memory did not suffice for"
         for way, context in () if below.in_weights else self._rungs(plan):
             estimate = self.estimator(way).at(context)
-            if estimate.needed_bytes <= self.allowed:
+            if self.fits(estimate):
                 return self._made(way, context, estimate, self._reasons_down(way, context))
         if self.asked is None and plan.strategy in self.ladder:
             for name in self.ladder[self.ladder.index(plan.strategy) + 1 :]:
@@ -193,11 +197,20 @@ class Deciding:
         chunk = self.settings.prefill_chunk
         for less in (chunk, *smaller(chunk, SMALLEST_CHUNK)):
             way = Way(name, less, self.wish.streams)
-            if self.estimator(way).at(self.longest).needed_bytes <= self.allowed:
+            if self.fits(self.estimator(way).at(self.longest)):
                 return way, self.longest
         way = self.least(name)
-        context = self.estimator(way).longest(self.allowed, shortest=shortest, longest=self.longest)
+        context = self.estimator(way).longest(self.fits, shortest=shortest, longest=self.longest)
         return None if context is None else (way, context)
+
+    def fits(self, estimate: Estimate) -> bool:
+        """Tell whether there is memory enough, and none of its pieces larger than the device takes."""
+        return estimate.needed_bytes <= self.allowed and not self.too_large(estimate)
+
+    def too_large(self, estimate: Estimate) -> bool:
+        """Tell whether one of the pieces is larger than the device takes, whatever it has in all."""
+        most = self.device.largest_buffer_bytes
+        return most is not None and estimate.largest_buffer[1] > most
 
     def least(self, name: str) -> Way:
         """Return a strategy in the least memory that keeps what was asked for."""
@@ -209,6 +222,10 @@ class Deciding:
             "it may run out of memory"
         )
         strategy = f"quantization {way.strategy}: {'the smallest' if self.asked is None else 'as asked'}"
+        if estimate.needed_bytes <= self.allowed:
+            piece, size = estimate.largest_buffer
+            reason = f"forced: {piece} would take {format_size(size)} in one piece, which may be refused"
+        strategy = f"quantization {way.strategy}: {'the smallest' if self.wish.quantization == AUTO else 'as asked'}"
         asked = "as asked" if isinstance(self.wish.context, int) else "the shortest, since nothing fits"
         reasons = (reason, strategy, f"context {self.shortest}: {asked}")
         return self._made(way, self.shortest, estimate, reasons, forced=True)
@@ -217,7 +234,9 @@ class Deciding:
         self, way: Way, context: int, estimate: Estimate, reasons: tuple[str, ...], *, forced: bool = False
     ) -> Plan:
         device = f"device {self.device.torch_name}: {self.device.reason or 'as given'}"
-        allowed = f"allowed {format_size(self.allowed)}: {self.allowed_reason}"
+        allowed = [f"allowed {format_size(self.allowed)}: {self.allowed_reason}"]
+        if (most := self.device.largest_buffer_bytes) is not None:
+            allowed.append(f"no tensor above {format_size(most)}: as much as one buffer of {self.device.kind} may have")
         return Plan(
             device=self.device,
             strategy=way.strategy,
@@ -232,7 +251,9 @@ class Deciding:
             steady_bytes=estimate.steady_bytes,
             allowed_bytes=self.allowed,
             reasons=(device, *reasons, *self._differences(), allowed, *self.settings.reasons),
+            reasons=(device, *reasons, *allowed, *self.settings.reasons),
             forced=forced,
+            learned=self._learned,
         )
 
     def _differences(self) -> Iterator[str]:
@@ -277,8 +298,8 @@ def _below(strategy: str) -> tuple[str, ...]:
     return LADDER[LADDER.index(strategy) + 1 :] if strategy in LADDER else ()
 
 
-def _allowed(wish: LoadConfig, device: Device, resident_bytes: int) -> tuple[int, str]:
-    """Return the bytes that may be used, and what says so."""
+def allowed_for(wish: LoadConfig, device: Device, resident_bytes: int) -> tuple[int, str]:
+    """Return the bytes that may be used, and what says so; `resident_bytes` are this process's already."""
     available = min(device.free_bytes + resident_bytes, device.total_bytes)
     if wish.max_memory is not None and wish.max_memory <= available:
         return wish.max_memory, "max_memory"

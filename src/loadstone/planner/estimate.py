@@ -6,7 +6,7 @@ be a little too high: a load that was promised and then killed is worse than one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,8 @@ _PLAIN_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 class Estimate:
     """What one way to run a model takes, in bytes.
 
-    `weight_bytes` is by part: "linear", "lm_head", "embedding", and "norm" (norms and biases).
+    `weight_bytes` is by part: "linear", "lm_head", "embedding", and "norm" (norms and biases). `buffers` has the
+    largest tensors that are in one piece, by what they hold.
     """
 
     weight_bytes: Mapping[str, int]
@@ -59,6 +60,12 @@ class Estimate:
     activation_bytes: int
     runtime_bytes: int
     load_peak_bytes: int
+    buffers: Mapping[str, int]
+
+    @property
+    def largest_buffer(self) -> tuple[str, int]:
+        """What the largest tensor holds, and its bytes."""
+        return max(self.buffers.items(), key=lambda one: one[1])
 
     @property
     def weights(self) -> int:
@@ -153,11 +160,26 @@ def _accelerator_step(spec: ModelSpec, settings: MemorySettings, device_kind: st
     hidden = _HIDDEN_COPIES * spec.hidden_size
     rotated = 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_size  # before and after rotation
     inner = 3 * spec.intermediate_size  # gate, up and their product
-    scores = tokens * spec.heads * context * _FLOAT
+    scores = _scores(spec, tokens, context)
     unpacked = _stacked(spec) * dtype_bytes(settings.compute_dtype)
     # Steps that are recorded have memory of their own, which nothing else uses.
     recorded = unpacked + GATHERED if device_kind == "cuda" else 0
     return tokens * (hidden + rotated + inner) * _FLOAT + scores + unpacked + recorded
+
+
+def _scores(spec: ModelSpec, tokens: int, context: int) -> int:
+    """Return the bytes that attention's scores take on an accelerator, in one piece."""
+    return tokens * spec.heads * context * _FLOAT
+
+
+def estimate_buffers(spec: ModelSpec, settings: MemorySettings, *, context: int, streams: int) -> dict[str, int]:
+    """Return the largest tensors on an accelerator: a weight while it is made, keys or values, and a chunk's scores."""
+    tokens = min(settings.prefill_chunk, context) + min(streams, LARGEST_STEP)
+    return {
+        "the largest weight": _largest_weight(spec) * dtype_bytes(settings.compute_dtype),
+        "the keys of the KV cache": estimate_kv(spec, settings, context=context, streams=streams) // 2,
+        "attention of a chunk": _scores(spec, tokens, context),
+    }
 
 
 def gathered_bytes(device_kind: str) -> int:
@@ -181,10 +203,9 @@ def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings,
     needs a weight whole holds that beside its result, as a GPU does in the compute type: as it arrives, and quantised.
     """
     buffers = thread_count() * max((_piece_bytes(tensor) for tensor in spec.tensors.values()), default=0)
-    outer = [tensor for name, tensor in spec.tensors.items() if spec.part_of(name) != "linear"]
     if device_kind != "cpu":
-        largest = max([_stacked(spec), *(tensor.elements for tensor in outer)])
-        return 2 * largest * dtype_bytes(settings.compute_dtype)
+        shared = buffers if device_kind == "mps" else 0  # a Mac's GPU has no memory of its own
+        return 2 * _largest_weight(spec) * dtype_bytes(settings.compute_dtype) + shared
     if not strategy.needs_whole_weights:
         # Scales are float32 until all of a weight's are known; two or three weights are in the making at a time.
         return buffers + _stacked(spec) // 2
@@ -193,7 +214,7 @@ def estimate_load(spec: ModelSpec, strategy: Strategy, settings: MemorySettings,
         return tensor.elements * _bytes_as_read(tensor)
 
     inner = max((held(tensor) for tensor in _linear(spec)), default=0)
-    return buffers + 2 * max([STACKED * inner, *(held(tensor) for tensor in outer)])
+    return buffers + 2 * max([STACKED * inner, *(held(tensor) for tensor in _outer(spec))])
 
 
 def _piece_bytes(tensor: TensorInfo) -> int:
@@ -209,6 +230,15 @@ def _piece_bytes(tensor: TensorInfo) -> int:
 
 def _linear(spec: ModelSpec) -> list[TensorInfo]:
     return [tensor for name, tensor in spec.tensors.items() if spec.part_of(name) == "linear"]
+
+
+def _outer(spec: ModelSpec) -> list[TensorInfo]:
+    return [tensor for name, tensor in spec.tensors.items() if spec.part_of(name) != "linear"]
+
+
+def _largest_weight(spec: ModelSpec) -> int:
+    """Return how many numbers the largest weight has, as it is kept."""
+    return max([_stacked(spec), *(tensor.elements for tensor in _outer(spec))])
 
 
 def _stacked(spec: ModelSpec) -> int:
@@ -263,21 +293,22 @@ class Estimator:
             activation_bytes=estimate_activations(spec, settings, self._kind, context=context, streams=streams),
             runtime_bytes=self._runtime,
             load_peak_bytes=sum(self._weights.values()) + self._loading + self._runtime,
+            buffers=estimate_buffers(spec, settings, context=context, streams=streams),
         )
 
-    def longest(self, allowed: int, *, shortest: int, longest: int, step: int = 64) -> int | None:
-        """Return the longest context that fits in `allowed` bytes, or None when not even `shortest` does.
+    def longest(self, fits: Callable[[Estimate], bool], *, shortest: int, longest: int, step: int = 64) -> int | None:
+        """Return the longest context that fits, or None when not even `shortest` does.
 
-        It is a multiple of `step`, or one of the two bounds.
+        What fits also fits shorter. It is a multiple of `step`, or one of the two bounds.
         """
-        if self.at(longest).needed_bytes <= allowed:
+        if fits(self.at(longest)):
             return longest
-        if self.at(shortest).needed_bytes > allowed:
+        if not fits(self.at(shortest)):
             return None
         low, high = shortest // step, -(-longest // step)  # low fits (or is the bound itself), high does not
         while high - low > 1:
             middle = (low + high) // 2
-            if self.at(max(middle * step, shortest)).needed_bytes <= allowed:
+            if fits(self.at(max(middle * step, shortest))):
                 low = middle
             else:
                 high = middle

@@ -86,9 +86,12 @@ def _card(name: str, title: str, memory: int, speeds: Speeds, source: str) -> Ma
 def _mac(name: str, title: str, memory: int, speeds: Speeds, source: str) -> Machine:
     share = 3 / 4 if memory > LARGE_MAC else 2 / 3
     total = round(memory * share)
-    device = Device("mps", 0, title, total, total, capabilities=frozenset({"float16"}), reason=f"as {name}")
+    device = Device(
+        "mps", 0, title, total, total, capabilities=frozenset({"float16"}), reason=f"as {name}",
+        largest_buffer_bytes=memory // 2,
+    )  # fmt: skip
     kept = f"Metal recommends {format_size(total)} of {format_size(memory)} for its GPU, and all of that is free"
-    return Machine(name, device, speeds, source, (kept,))
+    return Machine(name, device, speeds, source, (kept, f"one buffer has at most half, {format_size(memory // 2)}"))
 
 
 def _processor(

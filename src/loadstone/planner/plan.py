@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loadstone.hardware.device import Device, MemorySettings
-from loadstone.units import format_size
+from loadstone.units import format_size, format_spread
 
 from .estimate import cache_tokens
+from .runtime import NOTHING_LEARNED, Allowance
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Plan:
 
     `weight_bytes` is by part ("linear", "lm_head", "embedding", "norm"). `steady_bytes` is the sum of all
     parts while answering, `load_peak_bytes` the most while loading; both are within `allowed_bytes` unless
-    the plan was forced.
+    the plan was forced. `learned` is what earlier loads taught: it is in `runtime_bytes`.
     """
 
     device: Device
@@ -34,6 +35,7 @@ class Plan:
     allowed_bytes: int
     reasons: tuple[str, ...] = ()
     forced: bool = False
+    learned: Allowance = NOTHING_LEARNED
 
     @property
     def summary(self) -> str:
@@ -64,3 +66,18 @@ class Plan:
     def needed_bytes(self) -> int:
         """The most at any time: loading or answering, whichever takes more."""
         return max(self.load_peak_bytes, self.steady_bytes)
+
+    @property
+    def likely_bytes(self) -> tuple[int, int] | None:
+        """Between what the most at any time will be, as earlier loads have it; None before there were enough."""
+        if not self.learned.loads:
+            return None
+        least, most = self.learned.too_high
+        return self.needed_bytes - most, self.needed_bytes - least
+
+    @property
+    def likely(self) -> str:
+        """The same for people: "5.1 ± 0.1 GB, from 7 loads"; before there were enough, what is planned for."""
+        if self.likely_bytes is None:
+            return f"at most {format_size(self.needed_bytes)}, before any loads to learn from"
+        return f"{format_spread(*self.likely_bytes)}, from {self.learned.loads} loads"

@@ -19,6 +19,8 @@ def refusal(deciding: Deciding, way: Way) -> ResourceError:
     name, context, spec = way.strategy, deciding.shortest, deciding.spec
     estimate = deciding.estimator(way).at(context)
     fits = _would_fit(deciding, name)
+    if estimate.needed_bytes <= deciding.allowed and deciding.too_large(estimate):
+        return _too_large(deciding, way, estimate, fits)
     phase = "to load" if estimate.load_peak_bytes > estimate.steady_bytes else "to answer"
     parts = (
         f"weights {format_size(estimate.weights)}, KV cache {format_size(estimate.kv_bytes)}, working "
@@ -35,6 +37,24 @@ def refusal(deciding: Deciding, way: Way) -> ResourceError:
         allowed=deciding.allowed,
         would_fit=fits,
         hint=_hint(deciding, name, estimate, fits),
+    )
+
+
+def _too_large(deciding: Deciding, way: Way, estimate: Estimate, fits: tuple[str, ...]) -> ResourceError:
+    """Return the error for what has memory enough, but not in one piece."""
+    device, (piece, needed) = deciding.device, estimate.largest_buffer
+    most = device.largest_buffer_bytes
+    assert most is not None  # or nothing would be too large
+    hint = f"Would fit: {'; '.join(fits)}. Set quantization and context so, or force to try anyway."
+    if not fits:
+        hint = "Lower streams, choose a smaller model or device cpu, or set force to try anyway."
+    return ResourceError(
+        f"{deciding.spec.name} with quantization {way.strategy} and context {deciding.shortest} does not fit: {piece} "
+        f"would take {format_size(needed)} in one piece, and {device.torch_name} gives at most {format_size(most)}.",
+        needed=needed,
+        allowed=most,
+        would_fit=fits,
+        hint=hint,
     )
 
 

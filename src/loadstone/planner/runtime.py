@@ -5,6 +5,7 @@ Most of it can be measured once it is there; what is still to come is counted fr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +27,22 @@ ACCELERATOR = 250_000_000
 
 
 LIBRARIES = BARE + TORCH + KERNELS
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What is planned for beside all that can be counted or measured before, in bytes, as `loads` loads taught.
+
+    Plans with it would have been too high by `too_high` bytes for these loads, from the least to the most. Without
+    enough of them it is what was taken elsewhere.
+    """
+
+    bytes: int = REST
+    loads: int = 0
+    too_high: tuple[int, int] = (0, 0)
+
+
+NOTHING_LEARNED = Allowance()
 
 
 def runtime_bytes(
