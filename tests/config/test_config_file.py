@@ -8,8 +8,10 @@ import platformdirs
 import pytest
 
 from loadstone.config import ConfigManager
+from loadstone.config.schema import known_keys
 from loadstone.errors import ConfigurationError
 
+SHIPPED = Path(__file__).parents[2] / "config" / "config.yaml"
 PROMISED = """\
 model_config:
   base_model: "Qwen/Qwen2.5-7B-Instruct"
@@ -45,8 +47,18 @@ def test_the_promised_file_works(folder: Path) -> None:
 
 
 def test_the_repository_ships_the_promised_file() -> None:
-    shipped = Path(__file__).parents[2] / "config" / "config.yaml"
-    assert shipped.read_text(encoding="utf-8") == PROMISED
+    """The rest of it is comments."""
+    text = SHIPPED.read_text(encoding="utf-8")
+    assert text.startswith(f"{PROMISED}\n#")
+    assert ConfigManager(SHIPPED).config == ConfigManager(write(Path("some.yaml"), PROMISED)).config
+
+
+def test_the_shipped_file_has_every_setting_as_it_is_when_left_out() -> None:
+    _, _, rest = SHIPPED.read_text(encoding="utf-8").partition("otherwise.\n")
+    written = PROMISED + "".join(line.removeprefix("# ").removeprefix("#") for line in rest.splitlines(keepends=True))
+    manager = ConfigManager(write(Path("some.yaml"), written))
+    assert manager.config == ConfigManager(SHIPPED).config
+    assert [key for key in known_keys() if manager.origin(key) == "default"] == []
 
 
 def test_no_file_at_all_means_the_defaults() -> None:

@@ -300,9 +300,7 @@ def test_scores_that_are_larger_than_a_buffer_are_made_in_smaller_chunks() -> No
 def test_a_weight_that_is_larger_than_a_buffer_is_refused() -> None:
     """Nothing here splits a weight; the embedding has 1.09 GB. Forcing tries all the same."""
     device = mac(64 * GB, largest=GB)
-    with pytest.raises(
-        ResourceError, match=r"largest weight would take 1\.09 GB in one piece, and mps"
-    ) as caught:
+    with pytest.raises(ResourceError, match=r"largest weight would take 1\.09 GB in one piece, and mps") as caught:
         decide(device, context=512)
     assert caught.value.would_fit == ()
     assert "device cpu" in (caught.value.hint or "")

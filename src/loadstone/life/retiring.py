@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loadstone.folders import cache_folder
-from loadstone.hardware import peak_rss
+from loadstone.hardware import peak_rss, process_rss
 from loadstone.loaded import LoadedModel
-from loadstone.memory import give_back, let_code_go
+from loadstone.memory import give_back, let_code_go, trim
 from loadstone.planner.accuracy import add_record
 from loadstone.telemetry import timed
 
@@ -73,7 +73,8 @@ class Retiring:
         now, peak = footprint(self._pieces), peak_rss()
         model_bytes = now.resident - now.other  # pages of weights and cache only come as answers are made
         most = max(now.other, peak - model_bytes) if peak > record.process_peak else now.other
-        add_record(cache_folder(), replace(record, beside=most, idle=now.other))
+        trim()  # what steps have left in the allocator was planned for as theirs
+        add_record(cache_folder(), replace(record, beside=most, idle=now.other - max(0, now.resident - process_rss())))
 
     def receipt(self) -> Receipt:
         """Return what came of it; call when nobody should have the model any more."""

@@ -41,7 +41,8 @@ class LoadRecord:
     `kind` is what the unknown part depends on, such as "cpu, 2 threads"; `allowance` is what was planned for it, and is
     in `planned_runtime`. `planned_model` is weights and KV cache. Of what was taken `load_peak` is all that the process
     had while weights were made; `beside` is the most that it had beside weights and KV cache afterwards, and `idle`
-    what it had beside them when the model was let go of. `process_peak` is the process's when the load was done.
+    what it still had beside them when the model was let go of and the allocator's free memory had been given back.
+    `process_peak` is the most that the process ever had when the load was done.
     """
 
     id: str

@@ -221,11 +221,10 @@ class Deciding:
             f"forced: needs {format_size(estimate.needed_bytes)} and {format_size(self.allowed)} is allowed; "
             "it may run out of memory"
         )
-        strategy = f"quantization {way.strategy}: {'the smallest' if self.asked is None else 'as asked'}"
         if estimate.needed_bytes <= self.allowed:
             piece, size = estimate.largest_buffer
             reason = f"forced: {piece} would take {format_size(size)} in one piece, which may be refused"
-        strategy = f"quantization {way.strategy}: {'the smallest' if self.wish.quantization == AUTO else 'as asked'}"
+        strategy = f"quantization {way.strategy}: {'the smallest' if self.asked is None else 'as asked'}"
         asked = "as asked" if isinstance(self.wish.context, int) else "the shortest, since nothing fits"
         reasons = (reason, strategy, f"context {self.shortest}: {asked}")
         return self._made(way, self.shortest, estimate, reasons, forced=True)
@@ -250,8 +249,7 @@ class Deciding:
             load_peak_bytes=estimate.load_peak_bytes,
             steady_bytes=estimate.steady_bytes,
             allowed_bytes=self.allowed,
-            reasons=(device, *reasons, *self._differences(), allowed, *self.settings.reasons),
-            reasons=(device, *reasons, *allowed, *self.settings.reasons),
+            reasons=(device, *reasons, *self._differences(), *allowed, *self.settings.reasons),
             forced=forced,
             learned=self._learned,
         )
