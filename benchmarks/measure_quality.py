@@ -12,7 +12,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Return each window's score, and the bytes of weights that a token reads.
 
     `task` has the folder of a checkpoint whose head is its own, the windows' and the reference's files, threads, and
-    how weights are kept: a strategy, or NF4 with its embedding and head.
+    how weights are kept: a strategy, or one of 4 bits with its embedding and head.
     """
     import torch
 
@@ -20,6 +20,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from loadstone.checkpoint import inspect
     from loadstone.model import build
     from loadstone.quantization import register_strategy
+    from loadstone.quantization.int4 import Int4
     from loadstone.quantization.nf4 import Nf4
     from loadstone.sources import resolve
 
@@ -29,7 +30,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     name = task["strategy"]
     if task["embedding"] is not None:
         name = f"{name}-{task['embedding']}-{task['lm_head']}"
-        register_strategy(Nf4(name, embedding=task["embedding"], lm_head=task["lm_head"]))
+        kind = {"4bit": Nf4, "int4": Int4}[task["strategy"]]
+        register_strategy(kind(name, embedding=task["embedding"], lm_head=task["lm_head"]))
     windows = json.loads(Path(task["windows"]).read_text(encoding="utf-8"))
     longest = max(map(len, windows))
     wish = {"base_model": task["folder"], "device": "cpu", "quantization": name, "context": longest, "force": True}

@@ -24,7 +24,7 @@ from loadstone.errors import LoadstoneError
 from loadstone.sources import resolve
 
 from .processes import ModuleFailed, run_module
-from .quality_report import PEERS, SIDES, Result, Side, is_within_bar, notes_of, table_of, told
+from .quality_report import INTEGERS, PEERS, SIDES, Result, Side, is_within_bar, notes_of, table_of, told
 from .quality_scores import scores_of
 from .untied import write_untied
 
@@ -155,6 +155,7 @@ def _line(
     return {
         "benchmark": "quality", "model": Path(said.model).name, "window": said.window, "machine": dict(machine),
         "texts": about, "sides": told(results), "is_within_bar": is_within_bar(results),
+        "int4_is_within_bar": is_within_bar(results, INTEGERS),
     }  # fmt: skip
 
 

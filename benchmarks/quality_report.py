@@ -35,6 +35,7 @@ def _loadstone(label: str, strategy: str, embedding: str | None = None, lm_head:
 
 REFERENCE = _loadstone("none (reference)", "none")
 DEFAULT = _loadstone("4bit", "4bit")
+INTEGERS = _loadstone("int4", "int4")
 PEERS = (
     Side("bitsandbytes NF4, bfloat16", PEER, {"dtype": "bfloat16"}),
     Side("bitsandbytes NF4, float32", PEER, {"dtype": "float32"}),
@@ -46,6 +47,10 @@ SIDES = (
     _loadstone("4bit, embedding and head floats", "4bit", "none", "none"),
     _loadstone("4bit, embedding 8 bits, head NF4", "4bit", "8bit", "4bit"),
     _loadstone("4bit, embedding and head NF4", "4bit", "4bit", "4bit"),
+    INTEGERS,
+    _loadstone("int4, embedding and head floats", "int4", "none", "none"),
+    _loadstone("int4, embedding 8 bits, head integers", "int4", "8bit", "4bit"),
+    _loadstone("int4, embedding and head integers", "int4", "4bit", "4bit"),
     *PEERS,
 )
 
@@ -77,14 +82,14 @@ def peer_of(results: Results, text: str) -> Side | None:
     return min(found, key=lambda side: mean(results[side].of(text))["perplexity"], default=None)
 
 
-def is_within_bar(results: Results) -> bool | None:
-    """Tell whether `4bit` is nowhere worse than the better peer by more than the bar; None without a peer."""
+def is_within_bar(results: Results, side: Side = DEFAULT) -> bool | None:
+    """Tell whether a side is nowhere worse than the better peer by more than the bar; None without a peer."""
     found = []
     for text in texts_in(results):
         peer = peer_of(results, text)
         if peer is None:
             return None
-        found.append(ratio(results[DEFAULT].of(text), results[peer].of(text))[0] <= BAR)
+        found.append(ratio(results[side].of(text), results[peer].of(text))[0] <= BAR)
     return all(found)
 
 
@@ -132,9 +137,11 @@ def notes_of(results: Results, left_out: Mapping[str, str]) -> Iterator[str]:
         peer = peer_of(results, text)
         if peer is not None:
             yield f"{text}: times bitsandbytes is beside {peer.label}, the better of the two"
-    verdict = is_within_bar(results)
-    if verdict is not None:
-        yield f"4bit is {'within' if verdict else 'NOT within'} {BAR} times bitsandbytes' perplexity on every text"
+    for side in (DEFAULT, INTEGERS):
+        verdict = is_within_bar(results, side)
+        if verdict is not None:
+            found = "within" if verdict else "NOT within"
+            yield f"{side.label} is {found} {BAR} times bitsandbytes' perplexity on every text"
     for label, reason in left_out.items():
         yield f"{label} is left out: {reason}"
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import measure_quality, quality, quality_report
 from benchmarks.checkpoints import Shape, write_checkpoint
 from benchmarks.processes import ModuleFailed
-from benchmarks.quality_report import BAR, DEFAULT, PEERS, REFERENCE, Result, is_within_bar
+from benchmarks.quality_report import BAR, DEFAULT, INTEGERS, PEERS, REFERENCE, Result, is_within_bar
 from benchmarks.quality_scores import Score, mean, ratio, score
 from benchmarks.untied import write_untied
 
@@ -89,7 +89,9 @@ def test_the_bar_is_held_against_the_better_peer(times: float, verdict: bool) ->
         return Result(1, {"text": [Score(1, math.log(perplexity), 0, 1)]})
 
     results = {REFERENCE: result(9), DEFAULT: result(10 * times), PEERS[0]: result(11), PEERS[1]: result(10)}
+    results[INTEGERS] = result(10)
     assert is_within_bar(results) is verdict
+    assert is_within_bar(results, INTEGERS)
 
 
 def test_a_peer_that_is_not_here_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +171,7 @@ def test_transformers_gives_an_untied_checkpoint_the_logits_of_the_tied_one(tied
 
 def test_a_head_in_4_bits_is_scored_beside_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, where the benchmark starts one for each side."""
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.STRATEGIES, "_things", {})
     monkeypatch.setattr(quality, "run_module", lambda _, task: measure_quality.measure(json.loads(task)))
     monkeypatch.setattr(quality, "SIDES", (REFERENCE, DEFAULT, quality_report.SIDES[-3]))
     folder = write_small_model(tmp_path / "model")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -314,3 +315,53 @@ def test_auto_counts_pieces_too() -> None:
     found = decide(find_machine("m2-16gb").device, quantization="auto")
     assert found.strategy == "8bit"
     assert found.allowed_bytes == round(16 * 2**30 * 2 / 3)
+
+
+# --- integers, where nothing of ours multiplies NF4
+
+WITH_AVX2 = replace(cpu(8 * GB), capabilities=frozenset({"avx2", "fma"}))
+MPS = Device("mps", None, "GPU", 8 * GB, 8 * GB, reason="the only one")
+
+
+def decide_without_kernels(device: Device, **wish: Any) -> Plan:
+    settings = CPU_SETTINGS if device.kind == "cpu" else GPU_SETTINGS
+    return plan(
+        LoadConfig(**wish), QWEN, device, settings, runtime_bytes=RUNTIME, resident_bytes=0, has_kernels=False
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [WITH_AVX2, MPS], ids=lambda one: one.kind)
+def test_auto_keeps_4_bits_as_integers_where_these_are_multiplied_faster(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = decide_without_kernels(device, quantization="auto")
+    assert found.strategy == "int4"
+    assert has_reason(found, "has a product of 4-bit integers")
+
+
+@pytest.mark.parametrize("device", [WITH_AVX2, MPS], ids=lambda one: one.kind)
+def test_auto_falls_back_on_nf4_where_integers_do_not_fit(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    room = decide_without_kernels(device, quantization="int4", context=512).needed_bytes
+    found = []
+    for less in range(20):
+        with suppress(ResourceError):
+            wish = {"quantization": "auto", "context": 512, "max_memory": room - less * GB // 20}
+            found.append(decide_without_kernels(device, **wish).strategy)
+    assert list(dict.fromkeys(found)) == ["int4", "4bit"]
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_auto_keeps_4_bits_as_nf4_where_nothing_multiplies_integers_faster(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows torch has no vectors for them, and nowhere without AVX2."""
+    monkeypatch.setattr(sys, "platform", platform)
+    device = WITH_AVX2 if platform == "win32" else replace(WITH_AVX2, capabilities=frozenset({"neon"}))
+    assert decide_without_kernels(device, quantization="auto").strategy == "4bit"
+
+
+def test_nf4_as_asked_is_told_that_integers_are_faster() -> None:
+    assert has_reason(decide_without_kernels(MPS, quantization="4bit"), "int4 is faster here")
+    assert not has_reason(decide(quantization="4bit"), "int4")

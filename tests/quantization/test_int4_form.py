@@ -37,11 +37,11 @@ class Given:
         self.numbers = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
         self.codes = self.numbers[:, 0::2] << 4 | self.numbers[:, 1::2]
         self.scales = torch.rand(rows, groups, generator=generator).mul_(0.02).add_(1e-5).to(dtype)
-        self.zeros = torch.randint(0, 17, (rows, groups), dtype=torch.uint8, generator=generator)
+        self.zeros = torch.randint(0, 16 * 16 + 1, (rows, groups), generator=generator) / 16
 
     @property
     def whole(self) -> torch.Tensor:
-        off = self.numbers.view(self.rows, -1, self.group).float() - self.zeros.unsqueeze(-1)
+        off = self.numbers.view(self.rows, -1, self.group) - self.zeros.unsqueeze(-1)
         return (off * self.scales.float().unsqueeze(-1)).view(self.rows, self.columns)
 
     def kept(self, *, first: int = 0, dtype: torch.dtype = torch.float32) -> Linear:

@@ -206,7 +206,8 @@ class Loading:
 
         return plan(
             wish, spec, device, settings,
-            runtime_bytes=runtime, resident_bytes=resident, is_kept=is_kept, below=below, learned=learned,
+            runtime_bytes=runtime, resident_bytes=resident, is_kept=is_kept, has_kernels=has_kernels, below=below,
+            learned=learned,
         )  # fmt: skip
 
     def _kind(self, device: Device, settings: MemorySettings) -> str:

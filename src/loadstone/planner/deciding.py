@@ -19,7 +19,7 @@ from loadstone.quantization import AUTO, find_strategy
 from loadstone.units import format_size
 
 from .estimate import Estimate, Estimator
-from .ladder import CONTEXT_UNLESS_ASKED, LADDER, SHORTEST_CONTEXT, SMALLEST_CHUNK, Below, Way, smaller
+from .ladder import CONTEXT_UNLESS_ASKED, SHORTEST_CONTEXT, SMALLEST_CHUNK, Below, Way, ladder_of, smaller
 from .own import NEAREST, own_strategy
 from .plan import Plan
 from .refusal import refusal
@@ -39,6 +39,7 @@ def plan(
     runtime_bytes: int,
     resident_bytes: int | None = None,
     is_kept: Callable[[str], bool] = lambda strategy: False,
+    has_kernels: bool = True,
     below: Below | None = None,
     strategy: str | None = None,
     learned: Allowance = NOTHING_LEARNED,
@@ -48,14 +49,16 @@ def plan(
     `runtime_bytes` is what the process takes on that device besides the model: on the processor its memory
     before the load and an allowance. `resident_bytes` is what it holds there already (measured when None on
     the processor), which counts as used in `device.free_bytes` and is this process's own. `is_kept` tells whether the
-    store has the weights in a strategy already, so that loading needs no memory beside them. `below` names a plan that
-    memory did not suffice for: what is returned then takes less. `strategy` is to be planned for whatever the wish says
-    of quantization. `learned` is what earlier loads taught, and is in `runtime_bytes`. Raises ConfigurationError for a
-    context that the model does not have.
+    store has the weights in a strategy already, so that loading needs no memory beside them, and `has_kernels` whether
+    our own products can be had on this processor. `below` names a plan that memory did not suffice for: what is
+    returned then takes less. `strategy` is to be planned for whatever the wish says of quantization. `learned` is what
+    earlier loads taught, and is in `runtime_bytes`. Raises ConfigurationError for a context that the model has not.
     """
     if resident_bytes is None:
         resident_bytes = process_rss() if device.kind == "cpu" else 0
-    deciding = Deciding(wish, spec, device, settings, runtime_bytes, resident_bytes, is_kept, learned, strategy)
+    deciding = Deciding(
+        wish, spec, device, settings, runtime_bytes, resident_bytes, is_kept, learned, strategy, has_kernels=has_kernels
+    )
     return deciding.decide() if below is None else deciding.step_down(below)
 
 
@@ -73,17 +76,20 @@ class Deciding:
         is_kept: Callable[[str], bool],
         learned: Allowance,
         strategy: str | None = None,
+        *,
+        has_kernels: bool = True,
     ) -> None:
         self.wish, self.spec, self.device, self.settings = wish, spec, device, settings
         self.allowed, self.allowed_reason = allowed_for(wish, device, resident_bytes)
         self.runtime_bytes = runtime_bytes
         self._learned = learned
         self._is_kept = cache(is_kept)
+        ladder, self._why_integers = ladder_of(device, has_kernels=has_kernels)
         self.longest, self.shortest = _contexts(wish, spec)
         self._estimators: dict[Way, Estimator] = {}
         self.own = own_strategy(spec)
         self.asked, self._asked_reason = self._asked(strategy)
-        self.ladder = LADDER if self.own is None else (self.own, *_below(self.own))
+        self.ladder = ladder if self.own is None else (self.own, *_below(self.own, ladder))
 
     def _asked(self, strategy: str | None) -> tuple[str | None, str]:
         """Return the strategy that was asked for, None where it is to be chosen, and what is said of that.
@@ -98,7 +104,8 @@ class Deciding:
             return None, ""
         asked, quantized = find_strategy(wish.strategy).name, self.spec.quantized
         if quantized is None or self.own is None:
-            return asked, "as asked"
+            faster = f"; int4 is faster here: {self._why_integers}" if asked == "4bit" and self._why_integers else ""
+            return asked, f"as asked{faster}"
         if not wish.says("quantization"):
             return None, ""
         if asked == self.own or (wish.strategy == "4bit" and quantized.bits == 4 and self.own != NEAREST):
@@ -170,14 +177,16 @@ class Deciding:
     def _best_quality(self) -> Plan | None:
         """Return the best quality that fits with the whole context, else the smallest with less of it."""
         passed: list[str] = []
-        for name in LADDER:
+        for name in self.ladder:
             why = f" ({'; '.join(passed)})" if passed else ""
+            why += f"; {self._why_integers}" if name == "int4" else ""
             choice = self._fitting(name, f"quantization {name}: the best quality that fits{why}", self.longest)
             if choice is not None:
                 return choice
             needed = self.estimator(self.least(name)).at(self.longest).needed_bytes
             passed.append(f"{name} needs {format_size(needed)}")
-        return self._fitting(LADDER[-1], f"quantization {LADDER[-1]}: nothing larger fits ({'; '.join(passed)})")
+        last = self.ladder[-1]
+        return self._fitting(last, f"quantization {last}: nothing larger fits ({'; '.join(passed)})")
 
     def _fitting(self, name: str, reason: str, shortest: int | None = None) -> Plan | None:
         found = self.find(name, shortest or self.shortest)
@@ -291,9 +300,9 @@ class Deciding:
         return self._estimators[way]
 
 
-def _below(strategy: str) -> tuple[str, ...]:
-    """Return the strategies that take less than this one."""
-    return LADDER[LADDER.index(strategy) + 1 :] if strategy in LADDER else ()
+def _below(strategy: str, ladder: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the strategies of a ladder that take less than this one."""
+    return ladder[ladder.index(strategy) + 1 :] if strategy in ladder else ()
 
 
 def allowed_for(wish: LoadConfig, device: Device, resident_bytes: int) -> tuple[int, str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loadstone.hardware.device import Device
+
     from .plan import Plan
 
 # Best quality first; a plug-in is used only when asked for by name.
 LADDER = ("none", "8bit", "4bit")
+LADDER_WITH_INTEGERS = ("none", "8bit", "int4", "4bit")  # where integers are multiplied faster; NF4 takes less
 # More context than this is kept only when asked for: it costs memory from the start, and few prompts need it.
 CONTEXT_UNLESS_ASKED = 4096
 SHORTEST_CONTEXT = 512
@@ -32,6 +36,18 @@ class Below:
 
     plan: Plan
     in_weights: bool = False
+
+
+def ladder_of(device: Device, *, has_kernels: bool) -> tuple[tuple[str, ...], str]:
+    """Return the strategies that `auto` chooses from on a device, and why integers are among them, or "".
+
+    `has_kernels` tells whether our own can be had on this processor.
+    """
+    if device.kind == "mps":
+        return LADDER_WITH_INTEGERS, "Metal has a product of 4-bit integers, and none of NF4"
+    if device.kind == "cpu" and not has_kernels and "avx2" in device.capabilities and sys.platform != "win32":
+        return LADDER_WITH_INTEGERS, "torch has a product of 4-bit integers, and our kernels for NF4 cannot be had here"
+    return LADDER, ""
 
 
 def smaller(number: int, least: int) -> Iterator[int]:

@@ -7,6 +7,10 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64
+ZERO_STEPS = 16  # parts of a code that int4's zero points are whole numbers of
+# How much of a block's range, below and above zero, int4's sixteen numbers are spread over: what lies outside is cut
+# off, so that the rest is rounded less.
+RANGES = tuple((below, above) for below in (1.0, 0.95, 0.9) for above in (1.0, 0.95, 0.9))
 LANES = 16  # rows that stand side by side where codes are turned
 
 

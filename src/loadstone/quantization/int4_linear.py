@@ -1,8 +1,8 @@
 """The forms of a weight of asymmetric 4-bit integers: W ≈ scale · (code - zero point), with both for each group.
 
-Codes, scales and zero points are kept as they come, whoever made them: `Int4Packing` takes those of AWQ, GPTQ or
-compressed-tensors as well as our own. Where our kernels multiply they stay as they are, or turned; elsewhere aten's
-own product has them its own way (`aten_int4.py`).
+Codes, scales and zero points are kept as they come, whoever made them: `Int4Packing` takes those of AWQ, GPTQ (whose
+zero points are one more than its files have, so 16 at most) or compressed-tensors as well as our own. Where our kernels
+multiply they stay as they are, or turned; elsewhere aten's own product has them its own way (`aten_int4.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from .linear import KernelLinear, Linear, kernels_for
 from .turned import plain_rows, plain_rows_at, turned_space, whole_groups
 
 LARGEST = 2.0**15  # no scale is kept as more: near float16's own largest, so that small ones keep their bits
-MOST_ZERO = 16  # a zero point is at most this: GPTQ's, which is one more than what its files have
 
 
 class Int4Linear(KernelLinear):
@@ -66,8 +65,8 @@ class Int4Linear(KernelLinear):
 
     @property
     def zeros(self) -> torch.Tensor:
-        """The zero point of each group, rows × groups, uint8."""
-        return self.rows_of(0, self.rows)[1][..., 1].to(torch.uint8)
+        """The zero point of each group, rows × groups, float32."""
+        return self.rows_of(0, self.rows)[1][..., 1].float()
 
     def rows_of(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes of rows [start, stop), and what is beside their groups."""
@@ -182,7 +181,7 @@ class Int4Packing:
 
     def add(self, first: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
         """Take rows from `first` on: codes (M × columns/2, uint8, the first of two in the high nibble, on the CPU),
-        scales (M × groups, any float type) and zero points (M × groups, whole numbers from 0 to 16)."""
+        scales (M × groups, any float type) and zero points (M × groups, from 0 to 16 in sixteenths)."""
         part = slice(first, first + len(codes))
         self._scales[part] = scales
         self._zeros[part] = zeros

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .codes import BLOCK, NF4
+from .codes import BLOCK, NF4, RANGES, ZERO_STEPS
 
 STRIP_NUMBERS = 1 << 18  # quantised at a time, so that what lies between stays in a core's cache
 
@@ -42,15 +42,26 @@ def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, scale: float) -> t
 def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return codes (rows × columns/2, uint8, first weight in the high nibble), and each block's scale and zero point.
 
-    Both are float32, rows × columns/64. W ≈ scale · (code - zero point), and 0 is one of the sixteen numbers.
+    Both are float32, rows × columns/64. W ≈ scale · (code - zero point), and of the ranges that the codes may be spread
+    over each block has the one with the least error, weighed by the weights' own magnitudes.
     """
     rows, columns = weight.shape
     blocks = weight.float().view(rows, columns // BLOCK, BLOCK)
-    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
-    scale = high * (1 / 15) - low * (1 / 15)
-    is_number = blocks.abs().amax(-1, keepdim=True) < torch.inf
-    factor = torch.where((scale > 1e-37) & is_number, torch.ones_like(scale) / scale, 0)
-    zero = torch.where(is_number, (-low * factor).round(), 0)
-    codes = torch.where(is_number, (blocks * factor).round().add(zero).clamp(0, 15), 0)
+    most = blocks.abs().amax(-1, keepdim=True)
+    is_number = most < torch.inf
+    is_there = is_number & (most > 1e-37)
+    part = torch.where(is_there, blocks * (1 / most), 0)  # the largest is 1
+    low, high = (-part).amax(-1, keepdim=True).clamp(min=0), part.amax(-1, keepdim=True).clamp(min=0)
+    best: tuple[torch.Tensor, ...] = (torch.full_like(low, torch.inf), low * 0, low * 0, part * 0)
+    for below, above in RANGES:
+        scale = low * (below / 15) + high * (above / 15)
+        factor = torch.where(scale > 0, 1 / scale, 0)
+        zero = (low * (below / 15) * factor * (15 * ZERO_STEPS)).round() / ZERO_STEPS
+        codes = (part * factor + zero).round().clamp(0, 15)
+        error = ((codes - zero) * scale - part).square().mul(part.abs()).sum(-1, keepdim=True)
+        found = (error, scale, zero, codes)
+        best = tuple(torch.where(error < best[0], *pair) for pair in zip(found, best, strict=True))
+    _, scale, zero, codes = best
     small = codes.to(torch.uint8).view(rows, columns)
+    scale = torch.where(is_number, scale * most, most)
     return small[:, 0::2] << 4 | small[:, 1::2], scale.squeeze(-1), zero.squeeze(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -42,9 +43,21 @@ def as_float32(value: float) -> float:
     return float(rounded)
 
 
-def has_features(*names: str) -> bool:
-    """Tell whether this processor and its system have all of these features, by LLVM's names."""
+def usable_features() -> Any:
+    """Return the features of this processor and its system by LLVM's names; those that torch was told to leave are off.
+
+    `ATEN_CPU_CAPABILITY=avx2` is how a user says that there shall be no AVX512 (for torch itself to say more than that
+    of "default", which leaves us no kernels at all).
+    """
     features = llvm.get_host_cpu_features()
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
+        features.update({name: False for name in features if name.startswith(("avx512", "avx10", "amx"))})
+    return features
+
+
+def has_features(*names: str) -> bool:
+    """Tell whether all of these features can be used."""
+    features = usable_features()
     return all(features.get(name, False) for name in names)
 
 
@@ -238,7 +251,7 @@ class Compiled:
             for symbol, address in symbols.items():
                 llvm.add_symbol(symbol, address)
             triple, cpu = llvm.get_process_triple(), llvm.get_host_cpu_name()
-            features = llvm.get_host_cpu_features().flatten()
+            features = usable_features().flatten()
             machine = llvm.Target.from_triple(triple).create_target_machine(opt=3, cpu=cpu, features=features, jit=True)
             versions = (llvmlite.__version__, *map(str, llvm.llvm_version_info))
             code = cached_object(name, (*versions, triple, cpu, features), lambda: _compile(write, machine))

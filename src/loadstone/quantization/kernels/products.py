@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from loadstone.quantization.codes import BLOCK, NF4
+from loadstone.quantization.codes import BLOCK, NF4, ZERO_STEPS
 
 from ._llvm import F16, F32, I8, I16, I32, I64, Kernel, as_float32, constants, vector
 from .activations import BEFORE, prepare
@@ -53,7 +53,7 @@ def build_products(module: Any, *, is_wide: bool) -> None:
         build_wide_products(module)
     else:
         _integer_product(module, Narrow("nf4", 4, ORDER, _nf4_block, side=2, unit=LIMIT))
-        _integer_product(module, Narrow("int4", 4, ORDER, _int4_block, side=4))
+        _integer_product(module, Narrow("int4", 4, ORDER, _int4_block, side=4, unit=ZERO_STEPS))
         _integer_product(module, Narrow("int8", 8, list(range(BLOCK)), _int8_block))
     for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
         _float_product(module, name, size)
@@ -63,8 +63,11 @@ def _nf4_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:
     table = [round(value * LIMIT) for value in NF4]
     low = constants(I8, [number & 255 for number in table] * 2)
     high = constants(I8, [(number >> 8) & 255 for number in table] * 2)
+    nibble = constants(I8, [15] * 32)
+    pairs = k.get(row, k.mul(block, I64(32)), vector(I8, 32))
+    shifted = k.lshr(k.bitcast(pairs, vector(I16, 16)), constants(I16, [4] * 16))
     weights = []
-    for codes in _codes(k, row, block):
+    for codes in (k.and_(k.bitcast(shifted, vector(I8, 32)), nibble), k.and_(pairs, nibble)):
         bytes_low = k.intrinsic("llvm.x86.avx2.pshuf.b", vector(I8, 32), low, codes)
         bytes_high = k.intrinsic("llvm.x86.avx2.pshuf.b", vector(I8, 32), high, codes)
         weights += [k.bitcast(k.pick(bytes_low, bytes_high, order), vector(I16, 16)) for order in (_LOW, _HIGH)]
@@ -72,21 +75,15 @@ def _nf4_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:
 
 
 def _int4_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:
-    zero = k.splat(k.fptosi(beside, I16), 16)
-    nothing = constants(I8, [0] * 32)
+    zero = k.splat(k.fptosi(k.fmul(beside, F32(float(ZERO_STEPS))), I16), 16)
+    nothing, high = constants(I8, [0] * 32), constants(I8, [15 * ZERO_STEPS] * 32)
+    pairs = k.get(row, k.mul(block, I64(32)), vector(I8, 32))
+    shifted = k.bitcast(k.shl(k.bitcast(pairs, vector(I16, 16)), constants(I16, [4] * 16)), vector(I8, 32))
     weights = []
-    for codes in _codes(k, row, block):
+    for codes in (k.and_(pairs, high), k.and_(shifted, high)):
         numbers = [k.bitcast(k.pick(codes, nothing, order), vector(I16, 16)) for order in (_LOW, _HIGH)]
         weights += [k.sub(number, zero) for number in numbers]
     return weights
-
-
-def _codes(k: Kernel, row: Any, block: Any) -> list[Any]:
-    """Return the 32 codes of a block's even columns, and those of its odd ones, a byte each."""
-    nibble = constants(I8, [15] * 32)
-    pairs = k.get(row, k.mul(block, I64(32)), vector(I8, 32))
-    shifted = k.lshr(k.bitcast(pairs, vector(I16, 16)), constants(I16, [4] * 16))
-    return [k.and_(k.bitcast(shifted, vector(I8, 32)), nibble), k.and_(pairs, nibble)]
 
 
 def _int8_block(k: Kernel, row: Any, block: Any, beside: Any) -> list[Any]:

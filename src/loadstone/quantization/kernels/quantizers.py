@@ -1,7 +1,7 @@
 """Weights → NF4, int4 or 8 bits, straight from the type that the checkpoint has.
 
 An NF4 code is the number of midpoints between neighbouring NF4 values that the scaled weight lies above, which is what
-bitsandbytes' search tree computes. For int4 sixteen numbers are spread over a block's range. In 8 bits a row is scaled
+bitsandbytes' search tree computes. For int4 sixteen numbers are spread over several ranges. In 8 bits a row is scaled
 to [-127, 127] and rounded to even.
 """
 
@@ -11,7 +11,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from loadstone.quantization.codes import BLOCK, NF4
+from loadstone.quantization.codes import BLOCK, NF4, RANGES, ZERO_STEPS
 
 from ._llvm import F32, I8, I32, I64, Kernel, as_float32, constants, vector
 from .products import load_floats
@@ -69,31 +69,57 @@ def _int4_worker(module: Any, kind: str) -> Any:
     k = Kernel(module, f"quantize_int4.{kind}.worker", QuantizerWords)
     weights, codes, scales, zeros = k.words("weights", "numbers", "scales", "zeros")
     start, stop = k.share(k.mul(*k.words("rows", "columns")), SHARE)
-    nothing, most_code = constants(F32, [0.0] * BLOCK), constants(F32, [15.0] * BLOCK)
-
-    def above_zero(values: Any) -> Any:
-        return k.largest(k.select(k.fcmp_ordered(">", values, nothing), values, nothing))
 
     def block(index: Any) -> None:
         values = load_floats(k, kind, weights, index, BLOCK)
-        most, high, low = k.largest(k.magnitude(values)), above_zero(values), above_zero(k.fneg(values))
-        part = F32(as_float32(1 / 15))
-        scale = k.fadd(k.fmul(high, part), k.fmul(low, part))
-        is_there = k.and_(k.fcmp_ordered(">", scale, F32(as_float32(1e-37))), k.fcmp_ordered("<", most, F32(math.inf)))
-        factor = k.select(is_there, k.fdiv(F32(1.0), scale), F32(0.0))
-        zero = k.select(is_there, k.intrinsic("llvm.rint.f32", F32, k.fmul(low, factor)), F32(0.0))
-        whole = k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), k.fmul(values, k.splat(factor, BLOCK)))
-        whole = k.fadd(whole, k.splat(zero, BLOCK))
-        whole = k.select(k.fcmp_ordered(">", whole, nothing), whole, nothing)
-        whole = k.select(k.fcmp_ordered("<", whole, most_code), whole, most_code)
-        _put_codes(k, k.fptosi(whole, vector(I32, BLOCK)), codes, index)
+        most = k.largest(k.magnitude(values))
+        is_number = k.fcmp_ordered("<", most, F32(math.inf))
+        is_there = k.and_(is_number, k.fcmp_ordered(">", most, F32(as_float32(1e-37))))
+        # From here on the largest is 1, so that no square is too large or too small.
+        part = k.fmul(values, k.splat(k.select(is_there, k.fdiv(F32(1.0), most), F32(0.0)), BLOCK))
+        scale, zero, found = _int4_codes(k, part)
+        _put_codes(k, found, codes, index)
         number = k.udiv(index, I64(BLOCK))
-        # What is no number is to be seen in the scale.
-        k.put(k.select(k.fcmp_ordered("<", most, F32(math.inf)), scale, most), scales, number)
+        k.put(k.select(is_number, k.fmul(scale, most), most), scales, number)  # what is no number is to be seen
         k.put(zero, zeros, number)
 
     k.loop(start, stop, BLOCK, block)
     return k.done()
+
+
+def _int4_codes(k: Kernel, values: Any) -> tuple[Any, Any, Any]:
+    """Return the scale, the zero point and the codes of 64 weights up to 1, of all ranges those with the least error.
+
+    Errors are weighed by the weights' own magnitudes.
+    """
+    nothing, fifteen = constants(F32, [0.0] * BLOCK), constants(F32, [15.0] * BLOCK)
+    sides = []
+    for side, shares in zip((k.fneg(values), values), zip(*RANGES, strict=True), strict=True):
+        most = k.largest(k.select(k.fcmp_ordered(">", side, nothing), side, nothing))
+        sides.append((most, constants(F32, [as_float32(share / 15) for share in shares])))
+    magnitudes = k.magnitude(values)
+
+    def codes_of(factor: Any, zero: Any) -> Any:
+        whole = k.fadd(k.fmul(values, k.splat(factor, BLOCK)), k.splat(zero, BLOCK))
+        whole = k.intrinsic("llvm.rint.v64f32", vector(F32, BLOCK), whole)
+        whole = k.select(k.fcmp_ordered(">", whole, nothing), whole, nothing)
+        return k.select(k.fcmp_ordered("<", whole, fifteen), whole, fifteen)
+
+    def one_range(number: Any, *best: Any) -> list[Any]:
+        below, above = (k.fmul(side, k.extract_element(share, number)) for side, share in sides)
+        scale = k.fadd(below, above)
+        factor = k.select(k.fcmp_ordered(">", scale, F32(0.0)), k.fdiv(F32(1.0), scale), F32(0.0))
+        steps = k.intrinsic("llvm.rint.f32", F32, k.fmul(k.fmul(below, factor), F32(15.0 * ZERO_STEPS)))
+        zero = k.fmul(steps, F32(1.0 / ZERO_STEPS))
+        off = k.fmul(k.fsub(codes_of(factor, zero), k.splat(zero, BLOCK)), k.splat(scale, BLOCK))
+        off = k.fsub(off, values)
+        found = (k.sum(k.fmul(k.fmul(off, off), magnitudes)), scale, factor, zero)
+        is_better = k.fcmp_ordered("<", found[0], best[0])
+        return [k.select(is_better, *pair) for pair in zip(found, best, strict=True)]
+
+    worst = (F32(math.inf), F32(0.0), F32(0.0), F32(0.0))
+    _, scale, factor, zero = k.loop(I64(0), I64(len(RANGES)), 1, one_range, *worst)
+    return scale, zero, k.fptosi(codes_of(factor, zero), vector(I32, BLOCK))
 
 
 def _int8_worker(module: Any, kind: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadstone.quantization.codes import BLOCK, LANES, NF4
+from loadstone.quantization.codes import BLOCK, LANES, NF4, ZERO_STEPS
 
 from ._llvm import F16, F32, I16, I32, I64, Kernel, constants, vector
 
@@ -98,9 +98,10 @@ class Rows:
                 k.prefetch(k.add(place, I64(line)))
 
 
-def _pairs_of(k: Kernel, numbers: Any) -> Any:
-    """Return small whole numbers (float16) as 16-bit integers, each twice: a pair in its lane."""
-    whole = k.fptosi(k.fpext(numbers, vector(F32, LANES)), vector(I32, LANES))
+def _pairs_of(k: Kernel, zeros: Any) -> Any:
+    """Return zero points (float16) as 16-bit integers of so many steps, each twice: a pair in its lane."""
+    steps = k.fmul(k.fpext(zeros, vector(F32, LANES)), constants(F32, [float(ZERO_STEPS)] * LANES))
+    whole = k.fptosi(steps, vector(I32, LANES))
     both = k.or_(whole, k.shl(whole, constants(I32, [16] * LANES)))
     return k.bitcast(both, vector(I16, 2 * LANES))
 
@@ -116,11 +117,13 @@ def _nf4(k: Kernel, word: Any, zeros: Any) -> list[Any]:
 
 
 def _int4(k: Kernel, word: Any, zeros: Any) -> list[Any]:
-    low = constants(I16, [15] * 2 * LANES)
+    # Codes stand four bits up, so that they are steps of zero points too, at no cost: there are shifts anyway.
+    mask = constants(I16, [15 * ZERO_STEPS] * 2 * LANES)
     pairs = []
-    for shift in range(0, 16, 4):
-        codes = k.bitcast(k.lshr(word, constants(I32, [shift] * LANES)), vector(I16, 2 * LANES))
-        pairs.append(k.sub(k.and_(codes, low), zeros))
+    for shift in (-4, 0, 4, 8):
+        by = constants(I32, [abs(shift)] * LANES)
+        codes = k.bitcast(k.shl(word, by) if shift < 0 else k.lshr(word, by), vector(I16, 2 * LANES))
+        pairs.append(k.sub(k.and_(codes, mask), zeros))
     return pairs
 
 
@@ -135,6 +138,6 @@ _NIBBLES = [8 * word + (nibble ^ 1) for word in range(8) for low in range(4) for
 _INT8_ORDER = [4 * word + byte for word in range(16) for low in (0, 1) for byte in (low, low + 2)]
 FORMS = (
     Form("nf4", 4, round(NF4_SCALE), _NIBBLES, _nf4, side=2, unit=NF4_SCALE),
-    Form("int4", 4, 16, _NIBBLES, _int4, side=4, unit=1.0),
+    Form("int4", 4, 16 * ZERO_STEPS, _NIBBLES, _int4, side=4, unit=ZERO_STEPS),
     Form("int8", 8, 128, _INT8_ORDER, _int8, side=0, unit=1.0),
 )
