@@ -37,10 +37,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 # The second file of a vendor, by its reason.
 EXCUSED = {("jinja2", "checkpoint/template.py"): "names the errors of the templates that _jinja.py compiles"}
 VENDORS = {
-    "bitsandbytes", "blake3", "fsspec", "gguf", "huggingface_hub", "jinja2", "llvmlite", "modelscope_hub",
+    "bitsandbytes", "blake3", "fsspec", "gguf", "huggingface_hub", "jinja2", "llguidance", "llvmlite", "modelscope_hub",
     "transformers",
 }  # fmt: skip
-HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingface_hub", "tokenizers", "llvmlite"}
+HEAVY = {
+    "torch", "transformers", "bitsandbytes", "numpy", "pydantic", "huggingface_hub", "tokenizers", "llvmlite",
+    "llguidance",
+}  # fmt: skip
 
 PUBLIC = [
     "CheckpointError", "Chunk", "ConfigManager", "ConfigurationError", "ContextLengthError", "Device", "DeviceManager",

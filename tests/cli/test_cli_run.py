@@ -32,7 +32,7 @@ def test_json_is_one_line_and_all_of_stdout(cli):
     assert ended.out.count("\n") == 1
     said = json.loads(ended.out)
     assert list(said) == [
-        "text", "model", "device", "strategy", "finish_reason", "usage", "timing", "memory",
+        "text", "parsed", "model", "device", "strategy", "finish_reason", "usage", "timing", "memory",
     ]  # fmt: skip
     assert (said["model"], said["strategy"], said["finish_reason"]) == ("smollm2", "4bit", "length")
     assert said["usage"]["completion_tokens"] == 4
@@ -84,3 +84,35 @@ def test_raw_and_system_contradict_each_other(cli):
     ended = cli("run", "smollm2", "hi", "--raw", "--system", "be brief")
     assert ended.code == 2
     assert "--system" in ended.err
+
+
+def test_an_answer_follows_the_schema_in_a_file(cli, here):
+    """`--json` has the value beside the text."""
+    (here / "schema.json").write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
+    ended = cli("run", "smollm2", "Yes?", "--json-schema", "schema.json", "--json", "--context", "256")
+    said = json.loads(ended.out)
+    assert said["parsed"] == json.loads(said["text"])
+    assert isinstance(said["parsed"], list)
+
+
+def test_an_answer_is_one_of_the_choices(cli):
+    """--choice is said once for each; only the answer is on standard output."""
+    assert cli("run", "smollm2", "Yes?", "--choice", "ay", "--choice", "nay").out in ("ay\n", "nay\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--json-schema", "none.json"], "none.json cannot be read: No such file"),
+        (["--json-schema", "bad.json"], "--json-schema: it is not JSON, line 2 column 1"),
+        (["--regex", "a", "--choice", "b"], "--choice: there is a regex beside it"),
+        (["--regex", "(a"], "regex at character 1: unclosed group"),
+        (["--choice", ""], "--choice: it must be a list of texts"),
+    ],
+)
+def test_what_cannot_be_followed_is_wrong_use(cli, here, options, told):
+    """The option is named, and nothing is answered."""
+    (here / "bad.json").write_text("{\n?}")
+    ended = cli("run", "smollm2", "Hi", *options)
+    assert (ended.code, ended.out) == (2, "")
+    assert told in ended.err

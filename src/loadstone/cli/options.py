@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 LOAD = ("quantization", "device", "max_memory", "context", "streams", "force", "offline")
-GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "json_schema", "regex", "choices")
 
 
 @dataclass
@@ -42,6 +43,17 @@ verbose_option = click.option(
     help="Show the log, and the traceback of an error. LOADSTONE_LOG=debug shows more, =json writes JSON lines.",
 )  # fmt: skip
 
+
+def _read_file(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise click.BadParameter(f"{name} cannot be read: {reason}.") from error
+
+
 config_option = click.option("--config", "config_file", metavar="FILE", help="The configuration file to read.")
 _load_options = (
     click.option("--quantization", metavar="STRATEGY", help="How weights are kept: none, 8bit, 4bit, int4 or auto."),
@@ -59,6 +71,15 @@ _generation_options = (
     click.option("--top-k", type=int, metavar="K", help="Sample from this many of the likeliest tokens."),
     click.option("--seed", type=int, metavar="N", help="What sampling starts from, to have an answer again."),
 )
+_constraint_options = (
+    click.option(
+        "--json-schema", metavar="FILE", callback=_read_file, help="Answer with JSON that follows the schema in FILE."
+    ),
+    click.option("--regex", metavar="REGEX", help="Answer with a text that matches this regular expression."),
+    click.option(
+        "--choice", "choices", multiple=True, metavar="TEXT", help="Answer with this text, or another --choice."
+    ),
+)
 
 
 def load_options(command: Decorated) -> Decorated:
@@ -69,6 +90,11 @@ def load_options(command: Decorated) -> Decorated:
 def generation_options(command: Decorated) -> Decorated:
     """Add the options that say how answers are made."""
     return _with(command, _generation_options)
+
+
+def constraint_options(command: Decorated) -> Decorated:
+    """Add the options that say what an answer must follow."""
+    return _with(command, _constraint_options)
 
 
 def _with(command: Decorated, options: tuple[Callable[[Decorated], Decorated], ...]) -> Decorated:
@@ -85,7 +111,7 @@ def configuration(model: str, said: Mapping[str, Any]) -> ConfigManager:
     from loadstone.config import ConfigManager
     from loadstone.errors import ConfigurationError
 
-    given = {name: value for name, value in said.items() if value is not None and value is not False}
+    given = {name: value for name, value in said.items() if value is not None and value is not False and value != ()}
     overrides = {f"model_config.{name}": given[name] for name in LOAD if name in given}
     overrides |= {f"generation.{name}": given[name] for name in GENERATION if name in given}
     configured = ConfigManager(said.get("config_file"))
@@ -106,5 +132,5 @@ def _in_options(error: ConfigurationError) -> ConfigurationError:
     prefix = f"argument: {section}.{name}"
     if error.file is not None or not error.message.startswith(prefix):
         return error
-    option = "MODEL" if name == "base_model" else "--" + name.replace("_", "-")
+    option = {"base_model": "MODEL", "choices": "--choice"}.get(name, "--" + name.replace("_", "-"))
     return ConfigurationError(option + error.message[len(prefix) :], key=error.key)

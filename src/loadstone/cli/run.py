@@ -10,7 +10,7 @@ import click
 from loadstone.units import format_size
 
 from .loading import Ready, facts, loaded
-from .options import configuration, generation_options, load_options, verbose_option
+from .options import configuration, constraint_options, generation_options, load_options, verbose_option
 from .output import clean, rows, say_quietly, say_warning, write, write_json
 from .progress import chunks_of
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="What the model is told before the prompt.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the model's chat template.")
 @generation_options
+@constraint_options
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of the text and the table.")
 @verbose_option
@@ -110,6 +111,7 @@ def _as_json(ready: Ready, result: GenerationResult) -> dict[str, Any]:
     plan = ready.model.plan
     return {
         "text": result.text,
+        "parsed": result.parsed,
         "model": ready.model.spec.name,
         "device": plan.device.torch_name,
         "strategy": plan.strategy,

@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from loadstone.errors import ConfigurationError
 
+from .constraint import check_size, schema_text
 from .wish import Wish, show
 
 # Dividing float32 logits by less overflows, and the choice is the greedy one long before that.
 _COLDEST = 1e-6
+CONSTRAINTS = ("json_schema", "regex", "choices")  # what an answer must follow: one of them
 
 
 class GenerationConfig(Wish):
@@ -63,6 +65,40 @@ class GenerationConfig(Wish):
     """Whether each token of the answer comes with the logarithm of its probability (`result.logprobs`), and
     with how many of the likeliest others; none come where nobody says."""
 
+    json_schema: str | None = Field(default=None, examples=['{"type": "object"}'])
+    """A JSON schema that the answer follows, as a mapping, JSON text, or a pydantic model (from Python); any answer
+    where nobody says. `result.parsed` has the value."""
+
+    regex: str | None = Field(default=None, min_length=1, examples=['"[0-9]{4}-[0-9]{2}"'])
+    """A regular expression (Rust's syntax) that the whole answer matches; any answer where nobody says."""
+
+    choices: tuple[str, ...] | None = Field(default=None, examples=['["yes", "no"]'])
+    """The texts that the answer may be; any answer where nobody says."""
+
+    @field_validator("json_schema", mode="before")
+    @classmethod
+    def _json_schema(cls, value: Any) -> Any:
+        return None if value is None else schema_text(value)
+
+    @field_validator("regex", "choices", mode="after")
+    @classmethod
+    def _alone(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            check_size(value if isinstance(value, str) else "".join(value))
+            other = next((name for name in CONSTRAINTS if info.data.get(name) is not None), None)
+            if other is not None:
+                raise ValueError(f"there is a {other} beside it, and an answer follows one of them")
+        return value
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _choices(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) and one for one in value):
+            raise ValueError(f"it must be a list of texts (in quotes) that are not empty, not {show(value)}")
+        return tuple(dict.fromkeys(value))
+
     @field_validator("temperature", mode="after")
     @classmethod
     def _temperature(cls, value: float | None) -> float | None:
@@ -96,6 +132,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -108,17 +147,21 @@ def resolve_generation(
 ) -> tuple[Sampling, Mapping[str, str]]:
     """Return what is in force, and the origin of each value.
 
-    `layers` are (origin, what was said there), later ones win field by field; the origin is "default" where
-    nobody said anything.
+    `layers` are (origin, what was said there), later ones win field by field, and what an answer must follow takes the
+    place of anything else that it must have followed. The origin is "default" where nobody said anything.
     """
     values: dict[str, Any] = {}
     origins = dict.fromkeys(GenerationConfig.model_fields, "default")
     for origin, said in layers:
         for name in GenerationConfig.model_fields:
             value = getattr(said, name)
-            if value is not None:
-                values[name] = value
-                origins[name] = origin
+            if value is None:
+                continue
+            for other in CONSTRAINTS if name in CONSTRAINTS else ():
+                values.pop(other, None)
+                origins[other] = "default"
+            values[name] = value
+            origins[name] = origin
     return Sampling(**values), MappingProxyType(origins)
 
 
@@ -135,7 +178,8 @@ def generation_from_checkpoint(mapping: Mapping[str, Any]) -> GenerationConfig:
     """
     if not isinstance(mapping, Mapping):
         return GenerationConfig()
-    said = {name: mapping[name] for name in GenerationConfig.model_fields if name in mapping}
+    known = GenerationConfig.model_fields.keys() - CONSTRAINTS  # which only users can mean
+    said = {name: mapping[name] for name in known if name in mapping}
     if "stop_strings" in mapping:
         said["stop"] = mapping["stop_strings"]
     if mapping.get("do_sample") is False:

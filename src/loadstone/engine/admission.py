@@ -82,7 +82,7 @@ class Admission:
             answer.read = answer.known = answer.places.known
             answer.started_at = time.perf_counter()
             if self._wish.speculation:
-                answer.drafter = Drafter(answer.request.prompt)
+                answer.drafter = Drafter(answer.request.prompt, answer.request.grammar)
 
     def _may_read(self, answer: Answer) -> bool:
         """Tell whether a prompt may be read now: it would be soon, and none that is being read says the same first."""

@@ -5,9 +5,11 @@ Its text goes to who asked as it is made.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .logprobs import TokenLogprob
 from .prefix_cache import Places
@@ -87,7 +89,7 @@ class Answer:
             return "stop"
         text, is_stopped = self.stop.push(self.text.push(token))
         self._send(text)
-        if is_stopped:
+        if is_stopped or self.sampler.is_over:
             return "stop"
         return "length" if self.length >= self.room else None
 
@@ -104,9 +106,11 @@ class Answer:
 
     def result(self, reason: str) -> GenerationResult:
         """Return what was asked for, as it is now, ended for this reason."""
+        text = "".join(self.pieces)
+        is_value = self.request.sampling.json_schema is not None and reason == "stop" and not self.stop.hit
         return GenerationResult(
-            "".join(self.pieces), reason, self._usage(), self._timing(), tokens=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
+            text, reason, self._usage(), self._timing(), tokens=tuple(self.tokens), logprobs=tuple(self.logprobs),
+            parsed=_value(text) if is_value else None,
         )  # fmt: skip
 
     def _usage(self) -> Usage:
@@ -117,3 +121,11 @@ class Answer:
         first = self.first_token_at or now
         speed = (len(self.tokens) - 1) / (now - first) if len(self.tokens) > 1 and now > first else 0.0
         return Timing((self.started_at or now) - asked, first - asked, now - asked, speed)
+
+
+def _value(text: str) -> Any:
+    """Return the value that JSON text stands for; None for one that Python cannot have."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, or a thousand lists in one another
+        return None

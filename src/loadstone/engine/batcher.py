@@ -77,7 +77,8 @@ class Batcher:
         self._check(request.prompt)
         sampling = request.sampling
         room = min(len(request.prompt) + sampling.max_new_tokens, self.context)
-        answer = Answer(request, Sampler(sampling, request.prompt), self._new_text(), StopStrings(sampling.stop), room)
+        sampler = Sampler(sampling, request.prompt, request.grammar)
+        answer = Answer(request, sampler, self._new_text(), StopStrings(sampling.stop), room)
         waiting = self.admission.waiting
         with self._changed:
             if is_patient:

@@ -18,6 +18,7 @@ from loadstone.errors import ConfigurationError
 from loadstone.model import Decoder, KVCache
 from loadstone.planner import Plan
 
+from ._llguidance import Grammars
 from .batcher import Batcher
 from .request import GenerationResult, Request, Stream, Timing, Usage
 from .text import TextStream
@@ -50,6 +51,7 @@ class Engine:
             wish=wish or EngineConfig(),
             reserve_bytes=plan.activation_bytes,
         )
+        self._grammars = Grammars(tokenizer, decoder.embedding.rows, tokenizer.eos_token_ids)
         self.cache_bytes = self._batcher.cache.nbytes  # of the KV cache when it is full
         # Nobody asks an engine that nobody holds. And a thread that outlives the interpreter is torn down inside
         # C++ code, which aborts the process: this is also called at exit.
@@ -78,7 +80,7 @@ class Engine:
         is_patient: bool = False,
     ) -> Stream:  # fmt: skip
         """Start an answer and return its chunks as they are made; who `is_patient` waits for room in the queue."""
-        request = Request(self.encode(prompt, raw=raw, system=system), sampling)
+        request = Request(self.encode(prompt, raw=raw, system=system), sampling, self._grammars.of(sampling))
         self._batcher.submit(request, is_patient=is_patient)
         return Stream(request, self)
 
@@ -93,6 +95,7 @@ class Engine:
     ) -> list[GenerationResult]:
         """Return all answers, in the order of the prompts; one that failed has its `error` and no text."""
         streams: list[Stream | Exception] = []
+        self._grammars.of(sampling)  # one that cannot be meant is refused for all
         try:
             for prompt in prompts:
                 try:

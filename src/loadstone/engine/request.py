@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from loadstone.config import Sampling
 from loadstone.errors import GenerationError
 
+from ._llguidance import Grammar
 from .logprobs import TokenLogprob
 
 
@@ -57,6 +59,9 @@ class GenerationResult:
     `finish_reason` is "stop" (the model ended, or a stop string came), "length" (max_new_tokens or the context's
     end), "cancelled", or "error" with the `error`, which only results of a batch have. `tokens` are those that the
     model chose, its end included; `logprobs` has an item for each where they were asked for.
+
+    `parsed` is the value of an answer that follows a JSON schema: what json.loads makes of the text. It is None where
+    none was asked for, and where the answer is not whole, as with finish_reason "length".
     """
 
     text: str
@@ -66,6 +71,7 @@ class GenerationResult:
     error: Exception | None = None
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text
@@ -92,7 +98,8 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class Request:
-    """What is asked: tokens of the prompt and the rules for the answer; and the line on which chunks go back.
+    """What is asked: tokens of the prompt, the rules for the answer and the `grammar` that it follows; and the line on
+    which chunks go back.
 
     `id` names it in events: requests of a process are numbered from 1. Who cancels it puts it among the
     `cancellations`, so that who serves it need not look at every request.
@@ -100,6 +107,7 @@ class Request:
 
     prompt: Sequence[int]
     sampling: Sampling
+    grammar: Grammar | None = None
     asked_at: float = field(default_factory=time.perf_counter)
     line: queue.SimpleQueue[Chunk | BaseException] = field(default_factory=queue.SimpleQueue)
     cancellations: deque[Request] = field(default_factory=deque)

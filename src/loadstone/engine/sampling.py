@@ -1,7 +1,8 @@
 """Logits → the next token, by the rules that are in force for one request.
 
-The order is the field's usual one: penalties, temperature, top-k, top-p, min-p, then a draw. All of it is done where
-the logits are, and a token takes one transfer from there. Knows logits and tokens seen so far; nothing of text.
+The order is the field's usual one: what a grammar allows, penalties, temperature, top-k, top-p, min-p, then a draw. All
+of it but the grammar is done where the logits are, and a token takes one transfer from there. Knows logits and tokens
+seen so far; nothing of text.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import torch
 from loadstone.config import Sampling
 from loadstone.errors import GenerationError
 
+from ._llguidance import Grammar
+
 CANDIDATES = 1024  # what top-p looks at first; all are sorted only when these do not reach p
 SPOILT = -1  # instead of a token, where logits hold NaN
 UNREACHED = -2  # instead of a token, where the candidates do not reach p
 
 
 class Sampler:
-    """Chooses the tokens of one answer; the same seed chooses the same tokens from the same logits."""
+    """Chooses the tokens of one answer; the same seed chooses the same tokens from the same logits.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    With a `grammar` only what it allows is chosen, and it goes on with each token.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
         self.sampling = sampling
+        self._grammar = grammar
         self._penalties = Penalties(sampling, prompt) if _has_penalties(sampling) else None
         self._generator = torch.Generator()
         self._generator.manual_seed(sampling.seed) if sampling.seed is not None else self._generator.seed()
@@ -30,7 +37,12 @@ class Sampler:
     @property
     def takes_largest(self) -> bool:
         """Whether the token with the largest logit is chosen, whatever came before."""
-        return self.sampling.greedy and self._penalties is None
+        return self.sampling.greedy and self._penalties is None and self._grammar is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no token may follow what was chosen so far."""
+        return self._grammar is not None and self._grammar.is_over
 
     def choose(self, logits: torch.Tensor, largest: int | None = None) -> int:
         """Return the next token for `logits` (vocabulary, float32), and remember it.
@@ -38,11 +50,13 @@ class Sampler:
         `largest` is what `largest_tokens` says of them; where it is not given and needed, it is found.
         Raises GenerationError when the logits hold NaN: the weights, or an overflow, have spoilt them.
         """
+        if self._grammar is not None:
+            logits = self._grammar.allow(logits)
         if self._penalties is not None:
             logits = self._penalties.apply(logits)
         if not self.sampling.greedy:
             token = self._draw(logits)
-        elif largest is None or self._penalties is not None:
+        elif largest is None or not self.takes_largest:
             (token,) = largest_tokens(logits.unsqueeze(0))
         else:
             token = largest
@@ -53,6 +67,8 @@ class Sampler:
             )
         if self._penalties is not None:
             self._penalties.note(token)
+        if self._grammar is not None:
+            self._grammar.take(token)
         return token
 
     def _draw(self, logits: torch.Tensor) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from loadstone.model.batch import FEW_TOKENS
 
+from ._llguidance import Grammar
+
 LENGTHS = (3, 2)  # of what is looked up, the longest first
 NOWHERE = -1  # in place of where a run ends
 LEAST_BITS = 8  # of the place in a table of runs
@@ -68,10 +70,12 @@ class Runs:
 
 
 class Drafter:
-    """The guesses for one answer."""
+    """The guesses for one answer; where its `grammar` leaves one way to go on, they are no guesses."""
 
-    def __init__(self, prompt: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
         self._tokens = array("i", prompt)
+        self._grammar = grammar
+        self._is_sure = False
         self._runs = [Runs(self._tokens, length) for length in LENGTHS]
         self._acceptance = PRIOR
 
@@ -83,23 +87,24 @@ class Drafter:
 
     def guess(self, most: int, costs: Costs, rows: int) -> list[int]:
         """Return up to `most` tokens that are worth computing in a step that has `rows` tokens without them."""
+        sure = self._grammar.sure() if self._grammar is not None else []
+        self._is_sure = bool(sure)
+        if sure:
+            return sure[: _worth(min(most, len(sure)), 1.0, costs, rows)]
         start = self._found()
         if start is None or most <= 0:
             return []
-        best, count = rows / costs.of(rows), 0  # tokens a second
-        for drafts in COUNTS:
-            if drafts > most:
-                break
-            expected = rows + sum(self._acceptance**j for j in range(1, drafts + 1))
-            if (speed := expected / costs.of(rows + drafts)) > best:
-                best, count = speed, drafts
+        count = _worth(most, self._acceptance, costs, rows)
         if count == 0:
             self._acceptance += RETURN * (PRIOR - self._acceptance)
         period = len(self._tokens) - start  # where the text is at its end, it began to repeat itself
-        return [self._tokens[start + j % period] for j in range(count)]
+        guess = [self._tokens[start + j % period] for j in range(count)]
+        return guess if self._grammar is None else guess[: self._grammar.fitting(guess)]
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Take note of how many of the tokens guessed were right."""
+        if self._is_sure:
+            return
         tried = min(drafted, accepted + 1)  # what comes after a wrong one says nothing
         for number in range(tried):
             self._acceptance += WEIGHT * ((number < accepted) - self._acceptance)
@@ -146,6 +151,18 @@ class Costs:
         if nearest is None:
             return _relative(rows)
         return known[nearest] * _relative(rows) / _relative(nearest)
+
+
+def _worth(most: int, acceptance: float, costs: Costs, rows: int) -> int:
+    """Return how many more tokens, up to `most`, make a step of `rows` fastest, each right with this chance."""
+    best, count = rows / costs.of(rows), 0  # tokens a second
+    for drafts in COUNTS:
+        if drafts > most:
+            break
+        expected = rows + sum(acceptance**j for j in range(1, drafts + 1))
+        if (speed := expected / costs.of(rows + drafts)) > best:
+            best, count = speed, drafts
+    return count
 
 
 def _relative(rows: int) -> float:

@@ -51,6 +51,18 @@ class TextStream:
         return self._decoding.flush()
 
 
+def token_bytes(tokenizer: Tokenizer, count: int) -> list[bytes] | None:
+    """Return the bytes that each of the first `count` tokens stands for; none for those that stand for no text.
+
+    None where the vocabulary spells them in no way that is known here.
+    """
+    stream = TextStream(tokenizer)
+    if not isinstance(stream._decoding, _Bytes):
+        return None
+    spelled = (tokenizer.backend.id_to_token(token) for token in range(count))
+    return [b"" if one is None or one in stream._special else stream._decoding.spell(one) for one in spelled]
+
+
 class _Decoding(Protocol):
     def push(self, token_id: int, token: str) -> str: ...
 
@@ -61,13 +73,13 @@ class _Bytes:
     """Decodes tokens whose spelling says their bytes; `strip` blanks are taken from the text's start."""
 
     def __init__(self, spell: Callable[[str], bytes], strip: int = 0) -> None:
-        self._spell = spell
+        self.spell = spell
         self._strip = strip
         self._left_to_strip = strip
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int, token: str) -> str:
-        return self._stripped(self._decoder.decode(self._spell(token)))
+        return self._stripped(self._decoder.decode(self.spell(token)))
 
     def flush(self) -> str:
         text = self._stripped(self._decoder.decode(b"", final=True))
@@ -162,7 +174,7 @@ def _byte_level(token: str) -> bytes:
     """Return the bytes of a token spelled in GPT-2's alphabet; added tokens outside it are plain text."""
     alphabet = _alphabet()
     try:
-        return bytes([alphabet[character] for character in token])
+        return bytes(map(alphabet.__getitem__, token))
     except KeyError:
         return token.encode("utf-8")
 
