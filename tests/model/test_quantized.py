@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from loadstone.quantization.kernels import cpu
 from loadstone.quantization.linear import Int8Linear, Linear, Nf4Linear
 from loadstone.sources import resolve
 from loadstone.store import Store
+from loadstone.store.known import FileState
 from loadstone.telemetry import Event
 
 CheckpointOf = Callable[[str], Checkpoint]
@@ -189,7 +192,10 @@ def test_what_its_maker_left_as_it_was_is_kept_in_8_bits(
 # --- answers
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes NF4", "bitsandbytes 8 bits", "AWQ", "FP8, blocks of 128 × 128"])
+@pytest.mark.parametrize(
+    "name",
+    ["bitsandbytes NF4", "bitsandbytes 8 bits", "AWQ", "GPTQ, act-order, not symmetric", "FP8, blocks of 128 × 128"],
+)
 def test_logits_are_those_of_transformers_with_the_same_numbers(
     name: str, plain: Path, checkpoint_of: CheckpointOf
 ) -> None:
@@ -232,6 +238,52 @@ def test_what_transformers_quantises_and_saves_answers_as_transformers_loads_it(
         wanted = theirs(torch.tensor([ids])).logits[0].float()
     found = tiny.Sequences.of(decoder).feed(ids, every_token=True)
     assert tiny.difference(found, wanted) < 0.02  # numbers have 16 bits on our side
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("compressed-tensors W4A16", {"dtype": torch.float32}),
+        ("compressed-tensors W8A16", {"dtype": torch.float32}),
+        ("compressed-tensors FP8", {"dtype": torch.float32}),
+        ("FP8, blocks of 128 × 128", {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}),
+    ],
+)  # fmt: skip
+def test_what_transformers_reads_of_the_formats_it_means_what_we_mean(
+    name: str, settings: dict[str, object], checkpoint_of: CheckpointOf
+) -> None:
+    """Made whole on both sides; of FP8 transformers makes bfloat16."""
+    folder = checkpoint_of(name).folder
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(folder, attn_implementation="eager", **settings).eval()
+    theirs = theirs if "dtype" in settings else theirs.float()
+    ids = tiny.prompt(30)
+    with torch.inference_mode():
+        wanted = theirs(torch.tensor([ids])).logits[0].float()
+    found = tiny.Sequences.of(tiny.load(folder, strategy="none")[0]).feed(ids, every_token=True)
+    assert tiny.difference(found, wanted) < (0.05 if "quantization_config" in settings else 0.01)
+
+
+def test_what_is_known_of_files_holds_for_parts_in_several(plain: Path, tmp_path: Path) -> None:
+    """Where the tensors of one matrix are in two files, its digest is remembered as long as both stay as they are."""
+    made = quantize_folder(plain, tmp_path / "model", nf4())
+    file = made.folder / "model.safetensors"
+    tensors = load_file(file)
+    names = sorted(tensors)
+    for number, some in enumerate((names[0::2], names[1::2])):
+        part = made.folder / f"model-0000{number + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in some}, part)
+        os.utime(part, (1, 1))
+    file.unlink()
+    while not all(FileState.of(part).is_settled(time.time_ns()) for part in made.folder.glob("*.safetensors")):
+        time.sleep(0.02)
+    store = Store(tmp_path / "store")
+    spec, plan = tiny.planned(resolve(str(made.folder)), strategy=None)
+    build(plan, spec, store).settle()
+    assert store.has(spec, "4bit")
+    changed = sorted(made.folder.glob("*.safetensors"))[1]
+    changed.write_bytes(changed.read_bytes())
+    assert not store.has(spec, "4bit")
 
 
 # --- what is told, and what is kept

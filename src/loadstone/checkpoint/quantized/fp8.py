@@ -78,10 +78,12 @@ class Fp8Rows(Layout):
         assert tensor.coding is not None
         (codes, scale), info = by_part(piece, raw).values(), tensor.parts[1]
         scales = viewed(scale, FLOATS[info.dtype], *info.shape).float()
-        values = viewed(codes, torch.float8_e4m3fn, piece.count, tensor.shape[1])
+        # Looking a byte up is nearly twice as fast as torch's own conversion.
+        meant = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        codes = codes.view(piece.count, tensor.shape[1])
         for rows in strip_rows(piece):
             places = torch.arange(piece.first + rows.start, piece.first + rows.stop)
-            yield rows.start, PlainRows(values[rows].float().mul_(_of_rows(scales, places, tensor)))
+            yield rows.start, PlainRows(torch.take(meant, codes[rows].long()).mul_(_of_rows(scales, places, tensor)))
 
 
 def _of_rows(scales: torch.Tensor, rows: torch.Tensor, tensor: TensorInfo) -> torch.Tensor:
