@@ -31,9 +31,12 @@ class Linear(ABC):
         self.rows = rows
         self.columns = columns
 
-    @abstractmethod
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x·Wᵀ, M × rows, for x of M × columns in the compute dtype."""
+        """Return x·Wᵀ, M × rows, for x of M × columns in the compute dtype.
+
+        A form without a product of its own dequantises a few rows at a time, so that W never stands in memory whole.
+        """
+        return self._by_tiles(x)
 
     def __call__(
         self, x: torch.Tensor, *, norm: torch.Tensor | None = None, epsilon: float = 0.0, gated: bool = False,
