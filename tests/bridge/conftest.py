@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,25 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 import tiny
 import torch
 from pairs import VARIANTS
+from views import Seen, see
 
 from loadstone import ModelManager
-from loadstone.bridge._transformers import make_model
-from loadstone.bridge.lent import Loan
-from loadstone.checkpoint.spec import ModelSpec
-from loadstone.model import Decoder
-from loadstone.model.recipe import taken_apart
 from small_model import write_small_model
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A checkpoint, our decoder of it, and that decoder as a transformers model."""
-
-    folder: Path
-    spec: ModelSpec
-    decoder: Decoder
-    loan: Loan
-    model: Any
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,9 +40,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
 
     @cache
     def make(variant: str, strategy: str = "none") -> Seen:
-        decoder, spec, _ = tiny.load(folder_of(variant), strategy=strategy)
-        loan = Loan(taken_apart(spec, decoder), decoder.dtype, decoder.device, lambda count: None)
-        return Seen(folder_of(variant), spec, decoder, loan, make_model(spec, loan))
+        return see(folder_of(variant), strategy)
 
     return make
 

@@ -56,7 +56,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 # Random models make much of little: embedding, head and norms are rounded to bfloat16 beside quantised layers, and
 # bitsandbytes rounds in its products: scales or all of it to bfloat16 (4bit), activations to 8 bits (8bit).
-CLOSE = {"none": 1e-4, "4bit": 0.12, "8bit": 0.12}
+CLOSE = {"none": 1e-4, "4bit": 0.12, "8bit": 0.12, "int4": 0.12}
 
 
 @pytest.mark.parametrize("strategy", CLOSE)
@@ -69,13 +69,15 @@ def test_transformers_loads_it_again(seen: Callable[..., Any], tmp_path: Path, v
     assert _difference(_logits(again), _logits(one.model)) < CLOSE[strategy]
 
 
-@pytest.mark.parametrize(("strategy", "name"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt"), ("none", "Linear")])
+@pytest.mark.parametrize(
+    ("strategy", "name"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt"), ("int4", "Linear"), ("none", "Linear")]
+)
 def test_its_layers_are_bitsandbytes_own(seen: Callable[..., Any], tmp_path: Path, strategy: str, name: str) -> None:
     seen("qwen2", strategy).model.save_pretrained(tmp_path)
     again = _again(tmp_path)
     assert type(again.model.layers[0].mlp.down_proj).__name__ == name
     assert type(again.lm_head).__name__ == "Linear"
-    is_quantised = strategy != "none"
+    is_quantised = strategy in ("4bit", "8bit")
     assert ("quantization_config" in json.loads((tmp_path / "config.json").read_text())) == is_quantised
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,6 @@ def test_training_the_weights_themselves_is_refused(own: ModelManager) -> None:
         model.requires_grad_(True)
 
 
-def test_training_biases_of_a_base_model_is_refused(tmp_path: Path) -> None:
-    import tiny
-
-    folder = tiny.write(tmp_path / "qwen2", "qwen2")
-    decoder, spec, _ = tiny.load(folder)
-    from loadstone.bridge._transformers import make_model
-    from loadstone.bridge.lent import Loan
-    from loadstone.model.recipe import taken_apart
-
-    model = make_model(spec, Loan(taken_apart(spec, decoder), decoder.dtype, decoder.device, lambda count: None))
+def test_training_biases_of_a_base_model_is_refused(seen: Callable[..., Any]) -> None:
     with pytest.raises(ConfigurationError, match="LoRA"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"))
+        get_peft_model(seen("qwen2").model, LoraConfig(target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM"))
