@@ -305,7 +305,7 @@ def test_a_plan_says_between_what_it_will_be_and_from_how_many_loads(cli, home, 
     about = json.loads(cli(*arguments, "--json").out)["plan"]
     assert about["likely"]["loads"] == 4
     assert about["likely"]["low"] < about["likely"]["high"] < max(about["bytes"]["load_peak"], about["bytes"]["steady"])
-    assert re.search(r"likely +[0-9]+ ± [0-9]+ MB, from 4 loads", cli(*arguments).out)
+    assert re.search(r"likely +[0-9.]+ ± [0-9.]+ [MG]B, from 4 loads", cli(*arguments).out)
 
 
 def test_a_model_is_needed_for_a_plan(cli):
