@@ -49,8 +49,8 @@ PUBLIC = [
     "CheckpointError", "Chunk", "ConfigManager", "ConfigurationError", "ContextLengthError", "Device", "DeviceManager",
     "Event", "Forecast", "GenerationConfig", "GenerationError", "GenerationResult", "LoadstoneError", "MemoryReport",
     "ModelLoadError", "ModelManager", "ModelNotLoadedError", "QueueFullError", "Receipt", "ResourceError",
-    "SourceError", "Stream", "TransientSourceError", "get_device_manager", "get_model_manager", "handle_exceptions",
-    "load_qwen_model", "plan", "retry_on_exception", "subscribe",
+    "SourceError", "Stream", "ToolCall", "TransientSourceError", "get_device_manager", "get_model_manager",
+    "handle_exceptions", "load_qwen_model", "plan", "retry_on_exception", "subscribe",
 ]  # fmt: skip
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ConfigManager, GenerationConfig
-    from .engine import Chunk, GenerationResult, Stream
+    from .engine import Chunk, GenerationResult, Stream, ToolCall
     from .errors import (
         CheckpointError,
         ConfigurationError,
@@ -43,7 +43,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _HOME = {
     "ConfigManager": "config", "GenerationConfig": "config",
-    "Chunk": "engine", "GenerationResult": "engine", "Stream": "engine",
+    "Chunk": "engine", "GenerationResult": "engine", "Stream": "engine", "ToolCall": "engine",
     "CheckpointError": "errors", "ConfigurationError": "errors", "ContextLengthError": "errors",
     "GenerationError": "errors", "LoadstoneError": "errors", "ModelLoadError": "errors",
     "ModelNotLoadedError": "errors", "QueueFullError": "errors", "ResourceError": "errors",
@@ -80,6 +80,7 @@ __all__ = [
     "ResourceError",
     "SourceError",
     "Stream",
+    "ToolCall",
     "TransientSourceError",
     "get_device_manager",
     "get_model_manager",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # they bring torch
     from .bridge import Bridge
     from .engine import Engine, GenerationResult, Stream
     from .engine.engine import Prompt
+    from .engine.tools import Tool
     from .model import Decoder
 
 Layers = tuple[tuple[str, GenerationConfig], ...]
@@ -47,21 +48,25 @@ class LoadedModel:
 
     def generate(
         self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
-        system: str | None = None, **settings: Any,
+        system: str | None = None, tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **settings: Any,
     ) -> GenerationResult:  # fmt: skip
         """Return the answer to a text or a conversation; see `ModelManager.generate`."""
-        return self.engine.generate(prompt, self.sampling(config, settings)[0], raw=raw, system=system)
+        sampling, _ = self.sampling(config, settings)
+        offered = self.engine.offer(tools, tool_choice, sampling)
+        return self.engine.generate(prompt, sampling, raw=raw, system=system, tools=offered)
 
     def stream(
         self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
-        system: str | None = None, **settings: Any,
+        system: str | None = None, tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **settings: Any,
     ) -> Stream:  # fmt: skip
         """Start an answer and return its chunks; see `ModelManager.stream`."""
-        return self.engine.stream(prompt, self.sampling(config, settings)[0], raw=raw, system=system)
+        sampling, _ = self.sampling(config, settings)
+        offered = self.engine.offer(tools, tool_choice, sampling)
+        return self.engine.stream(prompt, sampling, raw=raw, system=system, tools=offered)
 
     def generate_batch(
         self, prompts: Sequence[Prompt], config: GenerationConfig | None = None, *, raw: bool = False,
-        system: str | None = None, **settings: Any,
+        system: str | None = None, tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **settings: Any,
     ) -> list[GenerationResult]:  # fmt: skip
         """Return the answers to several prompts; see `ModelManager.generate_batch`."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -69,7 +74,9 @@ class LoadedModel:
                 f"generate_batch takes a list of prompts, not {type(prompts).__name__}",
                 hint="Write generate_batch([prompt, …]).",
             )
-        return self.engine.generate_batch(prompts, self.sampling(config, settings)[0], raw=raw, system=system)
+        sampling, _ = self.sampling(config, settings)
+        offered = self.engine.offer(tools, tool_choice, sampling)
+        return self.engine.generate_batch(prompts, sampling, raw=raw, system=system, tools=offered)
 
     def sampling(
         self, config: GenerationConfig | None = None, settings: Mapping[str, Any] | None = None

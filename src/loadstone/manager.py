@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # they bring torch, and transformers
     from .bridge._transformers import PreTrainedModel, PreTrainedTokenizerFast
     from .engine import GenerationResult, Stream
     from .engine.engine import Prompt
+    from .engine.tools import Tool
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | ConfigManager | LoadstoneConfig | None
 
@@ -120,7 +121,7 @@ class ModelManager:
 
     def generate(
         self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
-        system: str | None = None, **settings: Any,
+        system: str | None = None, tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **settings: Any,
     ) -> GenerationResult:  # fmt: skip
         """Return the answer to a text, or to a conversation (a list of role/content mappings).
 
@@ -128,33 +129,44 @@ class ModelManager:
         sends it as it is. `settings` are the fields of GenerationConfig (max_new_tokens, temperature, …); they win
         over `config`, which wins over the configuration file and the checkpoint. `str(result)` is the text.
 
+        `tools` are functions that the model may call: Python functions with type hints, or schemas in OpenAI's form.
+        It is told of them by its chat template, and what it calls is in `result.tool_calls`; calling is left to you,
+        and what comes of it goes back as a message whose role is "tool". `tool_choice` is "auto" (the model decides),
+        "none", "required", or the name of the function to be called; the last two hold it to the function's schema.
+
         Raises ModelNotLoadedError before `load`, ConfigurationError for a setting that cannot be meant,
         GenerationError when no answer can be made.
         """
         with self._life.lease() as model:
-            return model.generate(prompt, config, raw=raw, system=system, **settings)
+            return model.generate(
+                prompt, config, raw=raw, system=system, tools=tools, tool_choice=tool_choice, **settings
+            )
 
     def stream(
         self, prompt: Prompt, config: GenerationConfig | None = None, *, raw: bool = False,
-        system: str | None = None, **settings: Any,
+        system: str | None = None, tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **settings: Any,
     ) -> Stream:  # fmt: skip
         """Return the answer's chunks as they are made; arguments and errors are those of `generate`.
 
         Leaving the loop or `cancel()` stops the work within one token; `stream.result` has the whole at the end.
         """
         with self._life.lease() as model:
-            return model.stream(prompt, config, raw=raw, system=system, **settings)
+            return model.stream(
+                prompt, config, raw=raw, system=system, tools=tools, tool_choice=tool_choice, **settings
+            )
 
     def generate_batch(
         self, prompts: Sequence[Prompt], config: GenerationConfig | None = None, *, raw: bool = False,
-        system: str | None = None, **settings: Any,
+        system: str | None = None, tools: Sequence[Tool] | None = None, tool_choice: str = "auto", **settings: Any,
     ) -> list[GenerationResult]:  # fmt: skip
         """Return the answers to several prompts, in their order; the prompts run together.
 
         A prompt that fails has a result with finish_reason "error" and its `error`; the others are not lost.
         """
         with self._life.lease() as model:
-            return model.generate_batch(prompts, config, raw=raw, system=system, **settings)
+            return model.generate_batch(
+                prompts, config, raw=raw, system=system, tools=tools, tool_choice=tool_choice, **settings
+            )
 
     def save_prefix_cache(self, file: str | os.PathLike[str]) -> int:
         """Write to `file` what the KV cache remembers of earlier prompts, and return how many tokens that are.

@@ -25,7 +25,7 @@ def schema_text(value: Any) -> str:
     place, for a keyword that is misspelled or too many properties.
     """
     if isinstance(value, type) and issubclass(value, BaseModel):
-        value = _closed(value.model_json_schema())
+        value = closed(value.model_json_schema())
     if isinstance(value, str):
         check_size(value)
         value = _read(value)
@@ -57,7 +57,7 @@ def check_characters(text: str) -> None:
         raise ValueError(f"character {error.start + 1} is a lone surrogate, which is no character") from error
 
 
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
     """Let objects have no other properties than those named, where nothing is said: the model would drop them."""
     left: list[Any] = [schema]
     while left:

@@ -2,5 +2,6 @@
 
 from .engine import Engine
 from .request import Chunk, GenerationResult, Stream, Timing, Usage
+from .tool_formats import ToolCall
 
-__all__ = ["Chunk", "Engine", "GenerationResult", "Stream", "Timing", "Usage"]
+__all__ = ["Chunk", "Engine", "GenerationResult", "Stream", "Timing", "ToolCall", "Usage"]

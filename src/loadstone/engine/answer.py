@@ -97,20 +97,26 @@ class Answer:
         """Send what was held back; return why the answer ends, which a stop string in it may decide after all."""
         last, _ = self.stop.push(self.text.flush())
         self._send(last + self.stop.flush())
+        if self.request.reader is not None:
+            self._put(self.request.reader.flush())
         return "stop" if self.stop.hit else reason
 
     def _send(self, text: str) -> None:
+        self._put(text if self.request.reader is None else self.request.reader.push(text))
+
+    def _put(self, text: str) -> None:
         if text:
             self.pieces.append(text)
             self.request.line.put(Chunk(text))
 
     def result(self, reason: str) -> GenerationResult:
         """Return what was asked for, as it is now, ended for this reason."""
-        text = "".join(self.pieces)
+        text, reader = "".join(self.pieces), self.request.reader
         is_value = self.request.sampling.json_schema is not None and reason == "stop" and not self.stop.hit
         return GenerationResult(
             text, reason, self._usage(), self._timing(), tokens=tuple(self.tokens), logprobs=tuple(self.logprobs),
-            parsed=_value(text) if is_value else None,
+            parsed=_value(text) if is_value else None, tool_calls=tuple(reader.calls) if reader else (),
+            tool_errors=tuple(reader.errors) if reader else (),
         )  # fmt: skip
 
     def _usage(self) -> Usage:

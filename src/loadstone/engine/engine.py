@@ -13,15 +13,16 @@ from typing import Any
 
 from loadstone.checkpoint.template import ChatTemplate
 from loadstone.checkpoint.tokenizer import Tokenizer
-from loadstone.config import EngineConfig, Sampling
+from loadstone.config import CONSTRAINTS, EngineConfig, Sampling
 from loadstone.errors import ConfigurationError
 from loadstone.model import Decoder, KVCache
 from loadstone.planner import Plan
 
-from ._llguidance import Grammars
+from ._llguidance import Grammar, Grammars
 from .batcher import Batcher
 from .request import GenerationResult, Request, Stream, Timing, Usage
 from .text import TextStream
+from .tools import Tool, Tools, offered, with_calls
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -57,14 +58,16 @@ class Engine:
         # C++ code, which aborts the process: this is also called at exit.
         weakref.finalize(self, self._batcher.close)
 
-    def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> list[int]:
-        """Return the tokens that the model will read for a prompt.
+    def encode(
+        self, prompt: Prompt, *, raw: bool = False, system: str | None = None, tools: Tools | None = None
+    ) -> list[int]:
+        """Return the tokens that the model will read for a prompt, and for the functions that it is told of.
 
         Raises ConfigurationError for what is neither a text nor a conversation, or contradicts `raw`.
         """
-        if raw and (system is not None or not isinstance(prompt, str)):
+        if raw and (system is not None or tools is not None or not isinstance(prompt, str)):
             raise ConfigurationError(
-                "raw=True sends one text as it is, without a system message or a conversation.",
+                "raw=True sends one text as it is, without a system message, a conversation or tools.",
                 hint="Leave raw out, or write the whole prompt as one text.",
             )
         if isinstance(prompt, str) and (raw or (self.template is None and system is None)):
@@ -73,33 +76,56 @@ class Engine:
         if self.template is None:
             text = "\n".join(str(message.get("content", "")) for message in messages)
             return self.tokenizer.encode(text, add_special_tokens=True)
-        return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+        text = self.template.render(messages, tools=[*tools.definitions] if tools is not None else None)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def offer(self, tools: Sequence[Tool] | None, tool_choice: str, sampling: Sampling) -> Tools | None:
+        """Return the functions that a call offers, or None; raises ConfigurationError where they cannot be meant."""
+        found = offered(tools, tool_choice, self.template)
+        said = next((name for name in CONSTRAINTS if getattr(sampling, name)), None)
+        if found is not None and said is not None:
+            raise ConfigurationError(
+                f"An answer that follows {said} cannot call functions, and one that calls functions cannot follow it",
+                key="tools",
+                hint='Leave one of them out, or say tool_choice="none".',
+            )
+        return found
 
     def stream(
         self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None,
-        is_patient: bool = False,
+        tools: Tools | None = None, is_patient: bool = False,
     ) -> Stream:  # fmt: skip
         """Start an answer and return its chunks as they are made; who `is_patient` waits for room in the queue."""
-        request = Request(self.encode(prompt, raw=raw, system=system), sampling, self._grammars.of(sampling))
+        request = Request(
+            self.encode(prompt, raw=raw, system=system, tools=tools),
+            sampling,
+            self._grammar(sampling, tools),
+            tools.reader() if tools is not None else None,
+        )
         self._batcher.submit(request, is_patient=is_patient)
         return Stream(request, self)
 
+    def _grammar(self, sampling: Sampling, tools: Tools | None) -> Grammar | None:
+        return self._grammars.of(sampling) if tools is None else tools.grammar(self._grammars)
+
     def generate(
-        self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None
-    ) -> GenerationResult:
+        self, prompt: Prompt, sampling: Sampling, *, raw: bool = False, system: str | None = None,
+        tools: Tools | None = None,
+    ) -> GenerationResult:  # fmt: skip
         """Return the whole answer."""
-        return _fold(self.stream(prompt, sampling, raw=raw, system=system))
+        return _fold(self.stream(prompt, sampling, raw=raw, system=system, tools=tools))
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, system: str | None = None
-    ) -> list[GenerationResult]:
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, raw: bool = False, system: str | None = None,
+        tools: Tools | None = None,
+    ) -> list[GenerationResult]:  # fmt: skip
         """Return all answers, in the order of the prompts; one that failed has its `error` and no text."""
         streams: list[Stream | Exception] = []
-        self._grammars.of(sampling)  # one that cannot be meant is refused for all
+        self._grammar(sampling, tools)  # one that cannot be meant is refused for all
         try:
             for prompt in prompts:
                 try:
-                    streams.append(self.stream(prompt, sampling, raw=raw, system=system, is_patient=True))
+                    streams.append(self.stream(prompt, sampling, raw=raw, system=system, tools=tools, is_patient=True))
                 except Exception as error:  # noqa: BLE001 - it becomes that prompt's result
                     streams.append(error)
             return [_result_of(stream) for stream in streams]
@@ -148,14 +174,14 @@ class Engine:
 
 
 def _conversation(prompt: Prompt, system: str | None) -> list[Mapping[str, Any]]:
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif not isinstance(prompt, Sequence) or not prompt or not all(isinstance(one, Mapping) for one in prompt):
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(said, Sequence) or not said or not all(isinstance(one, Mapping) for one in said):
         raise ConfigurationError(
             "A prompt is a text, or a list of one or more messages.",
             hint='For example [{"role": "user", "content": "你好"}].',
         )
-    return [*prompt] if system is None else [{"role": "system", "content": system}, *prompt]
+    messages = [with_calls(message) for message in said]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def _fold(stream: Stream) -> GenerationResult:

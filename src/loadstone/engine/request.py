@@ -20,6 +20,7 @@ from loadstone.errors import GenerationError
 
 from ._llguidance import Grammar
 from .logprobs import TokenLogprob
+from .tool_formats import Reader, ToolCall
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class GenerationResult:
 
     `parsed` is the value of an answer that follows a JSON schema: what json.loads makes of the text. It is None where
     none was asked for, and where the answer is not whole, as with finish_reason "length".
+
+    `tool_calls` are the functions that the model calls, which are not part of the text; `tool_errors` say of what looks
+    like a call why it is none, and was left in the text. `message` is the answer as the next message of a conversation.
     """
 
     text: str
@@ -72,6 +76,16 @@ class GenerationResult:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     parsed: Any = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_errors: tuple[str, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the assistant, its calls included."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.message() for call in self.tool_calls]
+        return message
 
     def __str__(self) -> str:
         return self.text
@@ -98,8 +112,8 @@ _numbers = itertools.count(1)
 
 @dataclass(eq=False)
 class Request:
-    """What is asked: tokens of the prompt, the rules for the answer and the `grammar` that it follows; and the line on
-    which chunks go back.
+    """What is asked: tokens of the prompt, the rules for the answer, the `grammar` that it follows and the `reader` of
+    its calls; and the line on which chunks go back.
 
     `id` names it in events: requests of a process are numbered from 1. Who cancels it puts it among the
     `cancellations`, so that who serves it need not look at every request.
@@ -108,6 +122,7 @@ class Request:
     prompt: Sequence[int]
     sampling: Sampling
     grammar: Grammar | None = None
+    reader: Reader | None = None
     asked_at: float = field(default_factory=time.perf_counter)
     line: queue.SimpleQueue[Chunk | BaseException] = field(default_factory=queue.SimpleQueue)
     cancellations: deque[Request] = field(default_factory=deque)
