@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -184,3 +184,18 @@ def test_a_name_that_cannot_stand_before_a_colon_is_no_sources(name: str) -> Non
     made = type("Made", (Broken,), {"name": name})
     with pytest.raises(TypeError, match="before a colon"):
         SOURCES._admit(name, made)
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        lambda file: Listing("../../evil", {"a": file}),
+        lambda file: Listing("0" * 40, {"a": RemoteFile("a", 1, "../../evil")}),
+        lambda file: Listing.of([RemoteFile("a", 1.5, "0" * 64)]),  # type: ignore[arg-type]
+        lambda file: Listing("0" * 40, {str(number): file for number in range(100_001)}),
+    ],
+    ids=["commit", "identity", "size", "many"],
+)
+def test_what_a_place_lists_cannot_lead_out_of_the_cache(listing: Callable[[RemoteFile], Listing]) -> None:
+    with pytest.raises(SourceError, match="listed"):
+        listing(RemoteFile("a", 1, "0" * 64))

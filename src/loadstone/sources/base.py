@@ -20,6 +20,7 @@ LARGEST_FILE = 2**62
 MOST_FILES = 100_000
 """Names in a listing; a longer one is not believed."""
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _IDENTITY = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -88,26 +89,29 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a model at one commit: 40 hex digits, which change when any of the files does."""
+    """The files of a model at one commit: 40 hex digits, which change when any of the files does.
+
+    Raises SourceError for a commit, a size or an identity that cannot be one: they become names of files here.
+    """
 
     commit: str
     files: Mapping[str, RemoteFile]
 
-    @classmethod
-    def of(cls, files: Iterable[RemoteFile], commit: str | None = None) -> Listing:
-        """Return the listing of `files`; without a commit, their names and identities make one.
-
-        Raises SourceError for a file without a size or identity that can be believed.
-        """
-        by_name: dict[str, RemoteFile] = {}
-        for file in files:
+    def __post_init__(self) -> None:
+        if not COMMIT.fullmatch(self.commit):
+            raise SourceError(f"{self.commit!r} is listed as the commit of files, and is no such thing")
+        if len(self.files) > MOST_FILES:
+            raise SourceError(f"more than {MOST_FILES} files are listed, which no model has")
+        for file in self.files.values():
             if not isinstance(file.size, int) or not 0 <= file.size <= LARGEST_FILE:
                 raise SourceError(f"{file.name!r} is listed with a size of {file.size!r} bytes")
             if not _IDENTITY.fullmatch(file.identity):
                 raise SourceError(f"{file.name!r} is listed without the hash of its content")
-            by_name[file.name] = file
-            if len(by_name) > MOST_FILES:
-                raise SourceError(f"more than {MOST_FILES} files are listed, which no model has")
+
+    @classmethod
+    def of(cls, files: Iterable[RemoteFile], commit: str | None = None) -> Listing:
+        """Return the listing of `files`; without a commit, their names and identities make one."""
+        by_name = {file.name: file for file in files}
         return cls(commit or _digest(by_name.values()), by_name)
 
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base import Listing, RemoteFile
+from loadstone.folders import cache_folder
+
+from .base import COMMIT, Listing, ModelFiles, RemoteFile
 
 DEFAULT_REVISION = "main"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def hub_root() -> Path:
@@ -34,6 +34,11 @@ def hub_root() -> Path:
     named = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE")
     folder = named or os.path.join(home, "hub")
     return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(folder))))
+
+
+def downloads_folder() -> Path:
+    """Return the folder that files are fetched into by every source but the Hub, whose cache is its own."""
+    return cache_folder() / "downloads"
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,29 @@ class FileCache:
         aside = blob.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
         os.link(path.resolve(), aside)
         os.replace(aside, blob)
+
+
+@dataclass(frozen=True)
+class FetchedWeights:
+    """The weights of a model that were fetched into a cache."""
+
+    cache: FileCache
+    commit: str
+    names: tuple[str, ...]
+
+    def remove(self) -> int:
+        """Remove them, but for what another revision has too; return the bytes freed. Other files stay."""
+        return self.cache.remove(self.commit, self.names)
+
+
+def fetched_weights(files: ModelFiles) -> FetchedWeights | None:
+    """Return a model's weights as a cache of ours or the Hub's has them, or None when they were not fetched."""
+    model = files.folder.parent.parent
+    if files.revision is None or model.parent not in (hub_root(), downloads_folder()):
+        return None
+    cache = FileCache(model.parent, model.name)
+    is_there = files.folder == cache.snapshot(files.revision)
+    return FetchedWeights(cache, files.revision, tuple(file.name for file in files.weights)) if is_there else None
 
 
 def free_bytes(folder: Path) -> int:

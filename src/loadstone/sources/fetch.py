@@ -27,7 +27,7 @@ from loadstone.telemetry import emit, timed
 from loadstone.units import format_size
 
 from .base import Listing, ModelFiles, NoRouteError, Reference, RemoteFile, Terms
-from .cache import FileCache, free_bytes, hub_root
+from .cache import FileCache, free_bytes
 from .choose import (
     COMPANIONS,
     CONFIG,
@@ -42,7 +42,7 @@ from .choose import (
 from .incoming import adopt, bring
 from .local import SUFFIXES, from_folder, read_index
 from .remote import Headers, RemoteWeights, read_beginnings
-from .source import RemoteSource, downloads_folder
+from .source import RemoteSource
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 ENOUGH_PROGRESS = 16 * 2**20
@@ -292,29 +292,6 @@ class Fetch:
     def _unwritable(self, error: OSError) -> SourceError:
         hint = f"Set {self.cache.knob} to a folder that can."
         return SourceError(f"{self.cache.folder} cannot be written: {error}", hint=hint)
-
-
-@dataclass(frozen=True)
-class FetchedWeights:
-    """The weights of a model that were fetched into a cache."""
-
-    cache: FileCache
-    commit: str
-    names: tuple[str, ...]
-
-    def remove(self) -> int:
-        """Remove them, but for what another revision has too; return the bytes freed. Other files stay."""
-        return self.cache.remove(self.commit, self.names)
-
-
-def fetched_weights(files: ModelFiles) -> FetchedWeights | None:
-    """Return a model's weights as a cache of ours or the Hub's has them, or None when they were not fetched."""
-    model = files.folder.parent.parent
-    if files.revision is None or model.parent not in (hub_root(), downloads_folder()):
-        return None
-    cache = FileCache(model.parent, model.name)
-    is_there = files.folder == cache.snapshot(files.revision)
-    return FetchedWeights(cache, files.revision, tuple(file.name for file in files.weights)) if is_there else None
 
 
 def is_offline() -> bool:

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from loadstone.errors import ConfigurationError, SourceError, TransientSourceError
 
-from .base import Listing, Reference, RemoteFile, Terms
-from .cache import COMMIT, FileCache, hub_root
+from .base import COMMIT, Listing, Reference, RemoteFile, Terms
+from .cache import FileCache, hub_root
 from .http import Site, retry_after
 from .source import RemoteSource
 

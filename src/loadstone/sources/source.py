@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loadstone.errors import ConfigurationError
-from loadstone.folders import cache_folder
 
 from .base import Listing, ModelFiles, Reference, RemoteFile, Terms
-from .cache import FileCache
+from .cache import FileCache, downloads_folder
 from .remote import Headers
 
 _PATH = re.compile(r"(?P<path>\w[\w.-]*(?:/\w[\w.-]*)*)(?::(?P<variant>[\w.-]+))?(?:@(?P<revision>.+))?", re.ASCII)
@@ -114,11 +113,6 @@ class RemoteSource(Source):
         from .fetch import Fetch
 
         return Fetch(self, self.reference(model, terms), terms).headers()
-
-
-def downloads_folder() -> Path:
-    """Return the folder that files are fetched into by every source but the Hub, whose cache is its own."""
-    return cache_folder() / "downloads"
 
 
 def one_revision(model: str, said: str | None, asked: str | None) -> str | None:
