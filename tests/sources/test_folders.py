@@ -177,9 +177,9 @@ def test_a_folder_whose_list_has_the_checksum_that_the_user_says(folder: FakeFol
 
 @pytest.mark.parametrize(
     "name",
-    ["https://", "https:host/folder", "https:///", "https://host/a?token=x", "https://host/a b", "https://host/../x",
-     "https://host/./x", "https://user:secret@host/x", "https://host/x#sha1=00", "https://host/x#sha256=00",
-     "s3://", "s3://bucket/../x", "s3:bucket"],
+    ["https://", "https:host/folder", "https:///", "https://host/a?token=secret", "https://user:secret@host/a?b",
+     "https://host/a b", "https://host/../x", "https://host/./x", "https://user:secret@host/x", "https://host:99999/x",
+     "https://[::1/x", "https://host/x#sha1=00", "https://host/x#sha256=00", "s3://", "s3://bucket/../x", "s3:bucket"],
 )  # fmt: skip
 def test_what_cannot_be_a_folder_is_refused_before_anything_is_asked(name: str, cache: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:

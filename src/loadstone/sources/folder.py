@@ -67,8 +67,9 @@ class FolderSource(RemoteSource):
         """Raise ConfigurationError unless `place` can be meant, and may be remembered and told to others."""
         rest = place.removeprefix(f"{self.name}://")
         if rest == place or not rest.strip("/") or re.search(r"[?\\\x00-\x20\x7f]|(^|/)\.\.?(/|$)", rest):
+            shown = re.sub(r"//[^/]*@", "//…@", place.partition("?")[0])
             raise ConfigurationError(
-                f"{place!r} is no name of a folder: write {self.name}://, a host or bucket and a path, without `?`,"
+                f"{shown!r} is no name of a folder: write {self.name}://, a host or bucket and a path, without `?`,"
                 " spaces, and dots that lead elsewhere",
                 key="base_model",
                 hint="Names are remembered and logged, so a signed link is none.",

@@ -19,6 +19,13 @@ class Https(FolderSource):
     name = "https"
     summary = "a folder with SHA256SUMS on a web server: https://host/folder/"
 
+    def check(self, place: str) -> None:
+        super().check(place)
+        try:
+            _ = urlsplit(place).port
+        except ValueError as error:
+            raise ConfigurationError(f"{place!r} is no address: {error}", key="base_model") from error
+
     def place_of(self, folder: str, name: str) -> str:
         return folder + quote(name)
 
