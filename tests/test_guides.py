@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from tests.engine.tool_templates import QWEN
 from tests.small_model import write_small_model
 from tests.sources.fake_hub import FakeHub
 
@@ -78,6 +79,10 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[s
     model = write_small_model(home / "model")
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 32_768}
     (model / "config.json").write_text(json.dumps(config))
+    about = json.loads((model / "tokenizer_config.json").read_text()) | {
+        "chat_template": QWEN
+    }  # which tells of functions
+    (model / "tokenizer_config.json").write_text(json.dumps(about))
     with Hub({file.name: file.read_bytes() for file in model.iterdir()}) as hub:
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LOADSTONE_"))}
         yield {
